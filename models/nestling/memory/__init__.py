@@ -1,0 +1,12 @@
+"""Memory operations: linear layers and small MLPs that learn while they read a sequence.
+
+`delta_scan` runs one linear layer as a Delta-Gradient-Descent memory, `self_modifying_scan` the five memories of a
+self-modifying Titans layer. Both are exact for every backend: `reference` is the equations token by token, `chunked`
+the same result from batched matrix products. Only torch is needed.
+"""
+
+from nestling.memory.delta import delta_scan
+from nestling.memory.self_modifying import memory_gates, read_frozen, self_modifying_scan
+from nestling.memory.state import MEMORIES, MemoryState
+
+__all__ = ["MEMORIES", "MemoryState", "delta_scan", "memory_gates", "read_frozen", "self_modifying_scan"]

@@ -1,0 +1,115 @@
+"""The equations of the memory operations, token by token, to be read beside the paper (arXiv:2512.24695).
+
+Slow and plain on purpose: every faster backend is tested against these two loops, gradients included.
+Tensors of one token have shape (B, H, ...); `.mv` below applies a (B, H, m, n) matrix to (B, H, n) vectors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.memory.rule import Rule, l2norm
+from nestling.memory.state import MEMORIES, SCALAR_MEMORIES, Layers, MemoryState
+
+
+def mv(weights: Tensor, vector: Tensor) -> Tensor:
+    return (weights @ vector.unsqueeze(-1)).squeeze(-1)
+
+
+def delta_step(
+    weights: Tensor, z: Tensor, delta: Tensor, alpha: Tensor, eta: Tensor, base: Tensor | float, erase: bool
+) -> Tensor:
+    """Delta Gradient Descent with retention gate (Eq. 57 and 88): alpha, eta (B, H); z (B, H, n); delta (B, H, m)."""
+    written = delta + mv(weights, z) if erase else delta
+    alpha, eta = alpha[..., None, None], eta[..., None, None]
+    return base + alpha * (weights - base) - eta * written.unsqueeze(-1) * z.unsqueeze(-2)
+
+
+def delta_scan(
+    keys: Tensor,
+    local_grads: Tensor,
+    log_alpha: Tensor,
+    eta: Tensor,
+    queries: Tensor,
+    initial: Tensor,
+    base: Tensor | None,
+    erase: bool,
+    read: str,
+) -> tuple[Tensor, Tensor]:
+    weights, outputs = initial, [queries.new_empty(*local_grads.shape[:2], 0, local_grads.shape[-1])]
+    for t in range(keys.shape[2]):
+        before = weights
+        weights = delta_step(
+            before,
+            keys[:, :, t],
+            local_grads[:, :, t],
+            log_alpha[:, :, t].exp(),
+            eta[:, :, t],
+            0.0 if base is None else base,
+            erase,
+        )
+        source = {"before": before, "after": weights, "boundary": initial}[read]
+        outputs.append(mv(source, queries[:, :, t]).unsqueeze(2))
+    return torch.cat(outputs, dim=2), weights
+
+
+def read_memory(name: str, layers: Layers, z: Tensor) -> Tensor:
+    """M(z) = z + w1 silu(w2 z) (Eq. 89); without the skip where the output is one number."""
+    w1, w2 = layers
+    inner = mv(w1, F.silu(mv(w2, z)))
+    return inner if name in SCALAR_MEMORIES else z + inner
+
+
+def write_memory(
+    name: str, current: Layers, frozen: Layers, base: Layers, k: Tensor, v: Tensor, alpha: Tensor, eta: Tensor, rule: Rule
+) -> Layers:
+    """One step of one memory towards its self-generated target (Eq. 83-88), the gradient taken at `frozen`."""
+    w1, w2 = frozen
+    pre = mv(w2, k)
+    h = F.silu(pre)
+    target = read_memory(name, frozen, l2norm(v))
+    error = read_memory(name, frozen, k) - target if rule.objective == "l2" else -target
+    sigmoid = torch.sigmoid(pre)
+    delta2 = mv(w1.mT, error) * sigmoid * (1 + pre * (1 - sigmoid))
+
+    h_key = h if rule.step_size == "proximal" else l2norm(h)
+    base1, base2 = base if rule.decay_to == "initial" else (0.0, 0.0)
+    new1 = delta_step(current[0], h_key, error, alpha, rule.step(eta, h), base1, rule.erases_w1)
+    if not rule.writes_w2:
+        return new1, current[1]
+    return new1, delta_step(current[1], k, delta2, alpha, rule.step(eta, k), base2, rule.erases_w2)
+
+
+def self_modifying_scan(
+    x: Tensor,
+    queries: Tensor,
+    state: MemoryState,
+    rule: Rule,
+    eta_max: Tensor,
+    eta_bias: Tensor,
+    alpha_bias: Tensor,
+) -> tuple[Tensor, MemoryState]:
+    current, frozen, position = dict(state.weights), dict(state.snapshots), state.position
+    outputs = [x.new_empty(*x.shape[:2], 0, x.shape[-1])]
+    for t in range(x.shape[2]):
+        token = x[:, :, t]
+        k = l2norm(read_memory("key", frozen["key"], token))
+        v = read_memory("value", frozen["value"], token)
+        eta = eta_max * torch.sigmoid(read_memory("eta", frozen["eta"], token).squeeze(-1) + eta_bias)
+        alpha = torch.sigmoid(read_memory("alpha", frozen["alpha"], token).squeeze(-1) + alpha_bias)
+
+        before = current["memory"]
+        current = {
+            name: write_memory(name, current[name], frozen[name], state.base[name], k, v, alpha, eta, rule)
+            for name in MEMORIES
+        }
+        source = {"before": before, "after": current["memory"], "boundary": frozen["memory"]}[rule.read]
+        outputs.append(read_memory("memory", source, queries[:, :, t]).unsqueeze(2))
+
+        position += 1
+        for name in MEMORIES:
+            if position % rule.chunk_of(name) == 0:
+                frozen[name] = current[name]
+    return torch.cat(outputs, dim=2), MemoryState(current, frozen, state.base, position)

@@ -1,0 +1,150 @@
+"""`self_modifying_scan`: the five memories of a self-modifying Titans layer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.memory import chunked, reference
+from nestling.memory.checks import check_backend, check_float, check_no_nan, check_positive, check_same, check_shape, state_dtype
+from nestling.memory.rule import Rule
+from nestling.memory.state import SCALAR_MEMORIES, MemoryState, to_state_dtype
+
+
+def self_modifying_scan(
+    x: Tensor,
+    queries: Tensor,
+    state: MemoryState,
+    *,
+    chunk_size: int = 64,
+    projection_chunk_size: int | None = None,
+    eta_max: float | Tensor = 1.0,
+    eta_bias: float | Tensor = 0.0,
+    alpha_bias: float | Tensor = 4.0,
+    objective: str = "l2",
+    erase: str = "all",
+    step_size: str = "proximal",
+    read: str = "before",
+    decay_to: str = "zero",
+    write: str = "all",
+    backend: str = "auto",
+    blocks_per_state: int = 1,
+) -> tuple[Tensor, MemoryState]:
+    """Read a sequence with five two-layer memories that write themselves at every token.
+
+    Keys, values, step sizes and retention gates come from four memories, and all five, `memory` included, learn the
+    same keys with targets that they generate themselves (arXiv:2512.24695, Eq. 83-93). What a token's update depends on
+    is frozen at each memory's last chunk boundary (a multiple of its chunk size, counted from `state.position` 0);
+    the states evolve token by token. Any split of the tokens into calls gives the same result; rows of the batch
+    never touch each other; the outer gradient passes through the writes into every weight.
+
+    Args:
+        x: (B, H, T, D), the block's input per head.
+        queries: (B, H, T, D), unit-norm queries.
+        state: the memories; `MemoryState.initial(weights)` makes a fresh one.
+        chunk_size: tokens per snapshot of `memory`.
+        projection_chunk_size: tokens per snapshot of key, value, eta and alpha; None: as `chunk_size`.
+        eta_max: largest step size, a number or one a head (H,).
+        eta_bias, alpha_bias: added to the eta and alpha memories before their sigmoid, a number or (H,).
+        objective: "l2", error M(k) - v_hat; "dot", error -v_hat.
+        erase: layers with the Delta term: "all", "first" (w2), "last" (w1), "none".
+        step_size: "proximal", eta / (1 + eta |z|^2) for the layer's input z; "direct", eta with w1's key normalised.
+        read: the state that token t reads: "before" its own update, "after" it, or at the last "boundary".
+        decay_to: "zero" or the "initial" weights of the state.
+        write: "all", or "last" (w1 only; w2 keeps its value).
+        backend: "reference" (token loop), "chunked" (matrix products) or "auto".
+        blocks_per_state: blocks (of at most 64 tokens) between two states kept for the backward pass of `chunked`.
+
+    Returns:
+        outputs (B, H, T, D) in x's dtype, and the new state, in float32 or wider.
+
+    Raises:
+        ValueError: a wrong shape, dtype, device or choice, a chunk size below 1, NaN in a gate's argument.
+    """
+    backend = check_backend(backend)
+    check_positive("blocks_per_state", blocks_per_state)
+    rule = Rule(
+        chunk_size,
+        chunk_size if projection_chunk_size is None else projection_chunk_size,
+        objective,
+        erase,
+        step_size,
+        read,
+        decay_to,
+        write,
+    )
+    _check_tensors(x, queries, state)
+    dtype = state_dtype(x.dtype)
+    heads = x.shape[1]
+    scalars = tuple(
+        _per_head(name, value, heads, x, dtype)
+        for name, value in (("eta_max", eta_max), ("eta_bias", eta_bias), ("alpha_bias", alpha_bias))
+    )
+    with torch.autocast(x.device.type, enabled=False):
+        state = replace(
+            state,
+            weights=to_state_dtype(state.weights),
+            snapshots=to_state_dtype(state.snapshots),
+            base=to_state_dtype(state.base),
+        )
+        args = (x.to(dtype), queries.to(dtype), state, rule, *scalars)
+        if backend == "reference":
+            outputs, state = reference.self_modifying_scan(*args)
+        else:
+            outputs, state = chunked.self_modifying_scan(*args, blocks_per_state)
+    return outputs.to(x.dtype), state
+
+
+def read_frozen(state: MemoryState, queries: Tensor) -> Tensor:
+    """What unit-norm queries (B, H, T, D) read from `memory` as it stands, with no token writing: (B, H, T, D)."""
+    w1, w2 = to_state_dtype(state.weights)["memory"]
+    wide = queries.to(w2.dtype)
+    return (wide + F.silu(wide @ w2.mT) @ w1.mT).to(queries.dtype)
+
+
+def memory_gates(
+    x: Tensor,
+    state: MemoryState,
+    eta_max: float | Tensor = 1.0,
+    eta_bias: float | Tensor = 0.0,
+    alpha_bias: float | Tensor = 4.0,
+) -> tuple[Tensor, Tensor]:
+    """eta and alpha (B, H, T) that the tokens x (B, H, T, D) get from the state's snapshots; x within one chunk."""
+    snapshots = to_state_dtype(state.snapshots)
+    dtype = state_dtype(x.dtype)
+    outputs = {}
+    for name in SCALAR_MEMORIES:
+        w1, w2 = snapshots[name]
+        outputs[name] = (F.silu(x.to(dtype) @ w2.mT) @ w1.mT).squeeze(-1)
+    limit, eta_shift, alpha_shift = (
+        _per_head(name, value, x.shape[1], x, dtype)[:, None]
+        for name, value in (("eta_max", eta_max), ("eta_bias", eta_bias), ("alpha_bias", alpha_bias))
+    )
+    return limit * torch.sigmoid(outputs["eta"] + eta_shift), torch.sigmoid(outputs["alpha"] + alpha_shift)
+
+
+def _per_head(name: str, value: float | Tensor, heads: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if not isinstance(value, Tensor):
+        value = torch.full((heads,), float(value), dtype=dtype, device=x.device)
+    check_shape(name, value, (heads,), "a number or (H,)")
+    check_same(name, value, x, "x", dtypes=(x.dtype, torch.float32, torch.float64))
+    check_no_nan(name, value)
+    return value.to(dtype)
+
+
+def _check_tensors(x: Tensor, queries: Tensor, state: MemoryState) -> None:
+    if not isinstance(state, MemoryState):
+        raise ValueError(f"state: got {type(state).__name__}, needs a MemoryState; see MemoryState.initial(weights)")
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"x: got {got}, needs a tensor of four axes (B, H, T, D)")
+    check_float("x", x)
+    w2 = state.weights["key"][1]
+    check_shape("queries", queries, tuple(x.shape), "(B, H, T, D)")
+    check_same("queries", queries, x, "x", dtypes=(x.dtype,))
+    batch, heads, _, width = x.shape
+    check_shape("state.weights['key'][1]", w2, (batch, heads, w2.shape[2], width), "(B, H, N, D)")
+    check_same("state.weights", w2, x, "x", dtypes=(x.dtype, state_dtype(x.dtype)))

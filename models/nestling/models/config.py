@@ -1,0 +1,149 @@
+"""Configurations of the models, one dataclass a model, documented field by field.
+
+A configuration is checked when it is made: what is wrong, what is needed and how to fix it stand in the message.
+`vocab_size` is usually left to the tokenizer, `level_widths` to the job's list of levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    _require(value in choices, f"{name}: got {value!r}, needs one of {', '.join(choices)}")
+
+
+@dataclass
+class SkeletonConfig:
+    """What every model shares: embedding, residual blocks, head."""
+
+    name: str = ""
+    #: Number of tokens the embedding knows; None takes it from the tokenizer.
+    vocab_size: int | None = None
+    #: Width of the residual stream.
+    width: int = 128
+    #: Number of blocks.
+    layers: int = 2
+    #: Heads of a mixer; each is `width / heads` wide.
+    heads: int = 4
+    #: Use the embedding matrix as the output head as well.
+    tie_head: bool = False
+    #: Parameters' dtype when the model is built: float32, bfloat16 or float64.
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("width", "layers", "heads"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name}: got {value}, needs at least 1")
+        _require(
+            self.vocab_size is None or self.vocab_size >= 2,
+            f"model.vocab_size: got {self.vocab_size}, needs at least 2 (or null to take the tokenizer's)",
+        )
+        _require(
+            self.width % self.heads == 0,
+            f"model.heads: {self.heads} heads do not divide model.width={self.width}; "
+            f"choose a width that is a multiple of {self.heads} or another number of heads",
+        )
+        _check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+
+@dataclass
+class HopeConfig(SkeletonConfig):
+    """HOPE: short convolution, self-modifying Titans, Continuum Memory System (arXiv:2512.24695, Eq. 94-97)."""
+
+    name: str = "hope"
+    #: Hidden width N of each memory; None takes the width of a head.
+    memory_width: int | None = None
+    #: Norm of a memory's output for a unit input at initialisation, the skip connection aside.
+    memory_gain: float = 1.0
+    #: Taps of the causal depthwise convolution before the memories.
+    conv_width: int = 4
+    #: Tokens per update of the main memory's frozen snapshot.
+    chunk_size: int = 64
+    #: The same for the key, value, eta and alpha memories; None: as `chunk_size`.
+    projection_chunk_size: int | None = None
+    #: Chunk sizes of which one is drawn at each training step (both memories); empty: always `chunk_size`.
+    redraw_chunk_sizes: list[int] = field(default_factory=list)
+    #: Largest step size of the inner update; 2 permits negative eigenvalues.
+    eta_max: float = 1.0
+    #: Added to the eta memory's output before the sigmoid.
+    eta_bias: float = 0.0
+    #: Added to the alpha memory's output before the sigmoid; None spreads it over the heads by `horizons`.
+    alpha_bias: float | None = None
+    #: Shortest and longest retention horizon 1 / (1 - alpha) in tokens, spread over the heads; used if alpha_bias is None.
+    horizons: list[float] = field(default_factory=lambda: [16.0, 2048.0])
+    #: Inner objective: "l2" (Eq. 93) or "dot" (Eq. 92).
+    objective: str = "l2"
+    #: Which layers of a memory erase along their key: all, first (w2), last (w1) or none.
+    erase: str = "last"
+    #: "proximal" (exact Delta Gradient Descent) or "direct".
+    step_size: str = "proximal"
+    #: Memory state a token reads: before its own update, after it, or at the last chunk boundary.
+    read: str = "before"
+    #: What the retention gate decays towards: the "initial" weights or "zero".
+    decay_to: str = "initial"
+    #: Which layers are written: all or last (w1 only).
+    write: str = "all"
+    #: Hidden widths of the Continuum Memory System's levels, fastest first; filled from the job's `levels`.
+    level_widths: list[int] = field(default_factory=lambda: [192, 192])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("chunk_size", "conv_width"):
+            value = getattr(self, name)
+            _require(value >= 1, f"model.{name}: got {value}, needs at least 1")
+        for name in ("projection_chunk_size", "memory_width"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"model.{name}: got {value}, needs at least 1 (or null)")
+        for name in ("redraw_chunk_sizes", "level_widths"):
+            values = getattr(self, name)
+            _require(all(value >= 1 for value in values), f"model.{name}: got {list(values)}, every entry needs at least 1")
+        _require(self.memory_gain > 0, f"model.memory_gain: got {self.memory_gain}, needs more than 0")
+        _require(0 < self.eta_max <= 2, f"model.eta_max: got {self.eta_max}, needs a value in (0, 2]")
+        low_high = list(self.horizons)
+        _require(
+            len(low_high) == 2 and 1 < low_high[0] <= low_high[1],
+            f"model.horizons: got {low_high}, needs [shortest, longest] in tokens with 1 < shortest <= longest",
+        )
+        _check_choice("model.objective", self.objective, ("l2", "dot"))
+        _check_choice("model.erase", self.erase, ("all", "first", "last", "none"))
+        _check_choice("model.step_size", self.step_size, ("proximal", "direct"))
+        _check_choice("model.read", self.read, ("before", "after", "boundary"))
+        _check_choice("model.decay_to", self.decay_to, ("initial", "zero"))
+        _check_choice("model.write", self.write, ("all", "last"))
+
+
+@dataclass
+class TransformerConfig(SkeletonConfig):
+    """Transformer baseline: RMSNorm, rotary positions, softmax attention, SwiGLU."""
+
+    name: str = "transformer"
+    #: Hidden width of the SwiGLU; None: 8/3 of the width, rounded up to a multiple of 8.
+    mlp_width: int | None = None
+    #: Base of the rotary frequencies.
+    rope_base: float = 10000.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(
+            self.mlp_width is None or self.mlp_width >= 1,
+            f"model.mlp_width: got {self.mlp_width}, needs at least 1 (or null)",
+        )
+        _require(self.rope_base > 1, f"model.rope_base: got {self.rope_base}, needs more than 1")
+        _require(
+            self.head_width % 2 == 0,
+            f"model.heads: heads of {self.head_width} are odd; rotary positions need an even width / heads",
+        )
+
+
+#: The configuration class of each model, by its name.
+MODEL_CONFIGS: dict[str, type[SkeletonConfig]] = {"hope": HopeConfig, "transformer": TransformerConfig}

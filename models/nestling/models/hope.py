@@ -1,0 +1,179 @@
+"""HOPE: self-modifying Titans followed by a Continuum Memory System (arXiv:2512.24695, Eq. 94-97).
+
+`x += Out(gate * Norm(SelfModifyingTitans(Conv(Norm(x)))))`, then one residual MLP per level, fastest first. No
+positional encoding. Each head owns five small memories whose initial weights are trained through their own updates.
+Parameters of a block of width d with H heads of width D and memories of width N, besides norms and levels:
+4 d^2 + conv_width d + H N (8 D + 2).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nestling.memory import MEMORIES, MemoryState, memory_gates, read_frozen, self_modifying_scan
+from nestling.memory.rule import l2norm
+from nestling.memory.state import SCALAR_MEMORIES
+from nestling.models.config import HopeConfig
+from nestling.models.skeleton import LanguageModel, Level, Mixer, linear
+
+
+def hope(config: HopeConfig) -> LanguageModel:
+    depth = config.layers * (1 + len(config.level_widths))
+    return LanguageModel(
+        config,
+        lambda: (
+            SelfModifyingTitans(config, depth),
+            [Level(config.width, hidden, depth) for hidden in config.level_widths],
+        ),
+    )
+
+
+class MixerState(NamedTuple):
+    """What the mixer carries: the last inputs of the convolution (B, conv_width - 1, width), and the memories."""
+
+    tail: Tensor
+    memory: MemoryState
+
+
+class ShortConvolution(nn.Module):
+    """Causal depthwise convolution over (B, T, width), followed by SiLU; `tail` holds the inputs before the first."""
+
+    def __init__(self, width: int, taps: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(taps, width).uniform_(-1, 1) * taps**-0.5)
+
+    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
+        taps, tokens = self.weight.shape[0], x.shape[1]
+        padded = torch.cat([tail.to(x.dtype), x], dim=1)
+        y = sum(padded[:, tap : tap + tokens] * self.weight[tap] for tap in range(taps))
+        return F.silu(y), padded[:, tokens:]
+
+
+class SelfModifyingTitans(Mixer):
+    """Five memories a head that write themselves while they read (Eq. 83-93).
+
+    Args:
+        config: see `HopeConfig`.
+        depth: residual branches of the whole model; scales the output projection at initialisation.
+    """
+
+    #: With False the memories stay as they are and are only read: the control that shows what the writes are worth.
+    writes: bool = True
+    #: A list here collects (mean eta, mean alpha) of every call; see `nestling.evaluation`.
+    gate_log: list[tuple[float, float]] | None = None
+
+    def __init__(self, config: HopeConfig, depth: int) -> None:
+        super().__init__()
+        self.config = config
+        self.chunk_size, self.projection_chunk_size = config.chunk_size, config.projection_chunk_size
+        width, hidden = config.width, config.memory_width or config.head_width
+        self.conv = ShortConvolution(width, config.conv_width)
+        self.input = linear(width, width)
+        self.query = linear(width, width)
+        self.gate = linear(width, width)
+        self.norm = nn.RMSNorm(config.head_width, eps=1e-6)
+        self.output = linear(width, width, gain=depth**-0.5)
+        self.memories = nn.ParameterDict(
+            {
+                f"{name}_{layer}": nn.Parameter(weight)
+                for name in MEMORIES
+                for layer, weight in zip(("w1", "w2"), initial_memory(name, config, hidden), strict=True)
+            }
+        )
+        self.register_buffer("alpha_bias", retention_biases(config), persistent=False)
+
+    def initial_state(self, batch: int) -> MixerState:
+        weights = {
+            name: tuple(self.memories[f"{name}_{layer}"].expand(batch, -1, -1, -1) for layer in ("w1", "w2"))
+            for name in MEMORIES
+        }
+        parameter = self.conv.weight
+        tail = parameter.new_zeros(batch, self.config.conv_width - 1, self.config.width)
+        return MixerState(tail, MemoryState.initial(weights))
+
+    def forward(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
+        tail, memory = self.initial_state(x.shape[0]) if state is None else state
+        convolved, tail = self.conv(x, tail)
+        queries = l2norm(self._heads(self.query(convolved)))
+        inputs = l2norm(self._heads(self.input(convolved)))
+        if self.gate_log is not None:
+            self._log_gates(inputs, queries, memory)
+        if self.writes:
+            read, memory = self._scan(inputs, queries, memory)
+        else:
+            read = read_frozen(memory, queries)
+        read = self.norm(read).transpose(1, 2).flatten(2)
+        return self.output(read * F.silu(self.gate(x))), MixerState(tail, memory)
+
+    def _scan(self, inputs: Tensor, queries: Tensor, memory: MemoryState) -> tuple[Tensor, MemoryState]:
+        c = self.config
+        return self_modifying_scan(
+            inputs,
+            queries,
+            memory,
+            chunk_size=self.chunk_size,
+            projection_chunk_size=self.projection_chunk_size,
+            eta_max=c.eta_max,
+            eta_bias=c.eta_bias,
+            alpha_bias=self.alpha_bias,
+            objective=c.objective,
+            erase=c.erase,
+            step_size=c.step_size,
+            read=c.read,
+            decay_to=c.decay_to,
+            write=c.write,
+        )
+
+    def _log_gates(self, inputs: Tensor, queries: Tensor, memory: MemoryState) -> None:
+        """Mean eta and alpha of these tokens: chunk by chunk, because the gates are made by the frozen snapshots."""
+        assert self.gate_log is not None
+        size = min(self.chunk_size, self.projection_chunk_size or self.chunk_size)
+        etas, alphas = [], []
+        for start in range(0, inputs.shape[2], size):
+            piece = inputs[:, :, start : start + size]
+            eta, alpha = memory_gates(piece, memory, self.config.eta_max, self.config.eta_bias, self.alpha_bias)
+            etas.append(eta)
+            alphas.append(alpha)
+            memory = self._scan(piece, queries[:, :, start : start + size], memory)[1]
+        self.gate_log.append((torch.cat(etas, 2).mean().item(), torch.cat(alphas, 2).mean().item()))
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+
+
+def initial_memory(name: str, config: HopeConfig, hidden: int) -> tuple[Tensor, Tensor]:
+    """Initial weights w1 (H, out, N) and w2 (H, N, D) of one memory.
+
+    Everything that a memory reads has unit norm, so w2 has entries of unit variance: a hidden layer at unit scale, bent
+    enough to tell keys apart. w1 then makes outputs of norm `memory_gain`, comparable to what one write adds.
+    """
+    heads, width = config.heads, config.head_width
+    out = 1 if name in SCALAR_MEMORIES else width
+    w1 = torch.randn(heads, out, hidden) * config.memory_gain * (hidden * out) ** -0.5
+    return w1, torch.randn(heads, hidden, width)
+
+
+def retention_biases(config: HopeConfig) -> Tensor:
+    """alpha_bias of each head (H,): fixed, or retention horizons 1 / (1 - alpha) spread evenly in their logarithm."""
+    if config.alpha_bias is not None:
+        return torch.full((config.heads,), config.alpha_bias)
+    low, high = (math.log(horizon) for horizon in config.horizons)
+    return (torch.linspace(low, high, config.heads).exp() - 1).log()
+
+
+def mixers(model: nn.Module) -> list[SelfModifyingTitans]:
+    """The self-modifying layers of a model, first to last."""
+    return [module for module in model.modules() if isinstance(module, SelfModifyingTitans)]
+
+
+def set_chunk_size(model: nn.Module, chunk_size: int | None) -> None:
+    """Give every memory of the model this chunk size; None puts the configuration's own back."""
+    for mixer in mixers(model):
+        own = mixer.config
+        mixer.chunk_size = own.chunk_size if chunk_size is None else chunk_size
+        mixer.projection_chunk_size = own.projection_chunk_size if chunk_size is None else None

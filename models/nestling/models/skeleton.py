@@ -1,0 +1,118 @@
+"""The skeleton that all models share: embedding, residual blocks of a mixer and a feed-forward part, head.
+
+A model is the mixer and the feed-forward part that it puts in. A mixer maps (B, T, width) and its state to the same
+shape and its next state; everything that a stream carries lives in those states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nestling.models.config import SkeletonConfig
+
+
+class Mixer(nn.Module):
+    """The part of a block that moves information between tokens."""
+
+    def initial_state(self, batch: int) -> Any:
+        """The state before the first token, for `batch` rows."""
+        raise TypeError(f"{type(self).__name__} does not define initial_state")
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """(B, T, width) and the state (None: fresh) to (B, T, width) and the next state."""
+        raise TypeError(f"{type(self).__name__} does not define forward")
+
+
+class Block(nn.Module):
+    """x += mixer(norm(x)); x += part(x) for each feed-forward part, which brings its own norm."""
+
+    def __init__(self, width: int, mixer: Mixer, feed_forward: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.mixer = mixer
+        self.feed_forward = nn.ModuleList(feed_forward)
+
+    def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
+        mixed, state = self.mixer(self.norm(x), state)
+        x = x + mixed
+        for part in self.feed_forward:
+            x = x + part(x)
+        return x, state
+
+
+class LanguageModel(nn.Module):
+    """Tokens (B, T) int64 to logits (B, T, V), with a state per block.
+
+    Args:
+        config: width, layers, vocabulary and head.
+        block: makes the mixer and the feed-forward parts of one block.
+    """
+
+    def __init__(self, config: SkeletonConfig, block: Callable[[], tuple[Mixer, Sequence[nn.Module]]]) -> None:
+        super().__init__()
+        assert config.vocab_size is not None
+        self.config = config
+        self.activation_checkpointing = False
+        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList([Block(config.width, *block()) for _ in range(config.layers)])
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        nn.init.normal_(self.embedding.weight, std=0.02)
+        nn.init.normal_(self.head.weight, std=0.02)
+        if config.tie_head:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, state: list[Any] | None = None) -> tuple[Tensor, list[Any]]:
+        """Logits (B, T, V) for tokens (B, T), and the state after them.
+
+        Raises:
+            ValueError: tokens that are not (B, T) int64.
+        """
+        if tokens.dim() != 2 or tokens.dtype != torch.int64:
+            raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, needs int64 of shape (B, T)")
+        states = [None] * len(self.blocks) if state is None else state
+        x, after = self.embedding(tokens), []
+        for block, before in zip(self.blocks, states, strict=True):
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x, new = checkpoint(block, x, before, use_reentrant=False)
+            else:
+                x, new = block(x, before)
+            after.append(new)
+        return self.head(self.norm(x)), after
+
+    def initial_state(self, batch: int) -> list[Any]:
+        """The state before the first token, for `batch` rows."""
+        return [block.mixer.initial_state(batch) for block in self.blocks]
+
+    def level_parameters(self) -> list[list[nn.Parameter]]:
+        """The parameters of each Continuum Memory System level, fastest first; empty for a model without one."""
+        parts = [[part for part in block.feed_forward if isinstance(part, Level)] for block in self.blocks]
+        return [[p for part in level for p in part.parameters()] for level in zip(*parts, strict=True)]
+
+
+class Level(nn.Module):
+    """One level of a Continuum Memory System: W_out silu(W_in norm(x)) (arXiv:2512.24695, Eq. 70).
+
+    Its parameters move at the level's own period; see `nestling.optim.Levels`.
+    """
+
+    def __init__(self, width: int, hidden: int, depth: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.into = linear(width, hidden)
+        self.out = linear(hidden, width, gain=depth**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(nn.functional.silu(self.into(self.norm(x))))
+
+
+def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
+    """A bias-free linear layer with entries of standard deviation gain / sqrt(width_in)."""
+    layer = nn.Linear(width_in, width_out, bias=False)
+    nn.init.normal_(layer.weight, std=gain * width_in**-0.5)
+    return layer
