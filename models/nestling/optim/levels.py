@@ -1,0 +1,143 @@
+"""The Continuum Memory System over parameters: every group moves at its own period (arXiv:2512.24695, Eq. 71).
+
+A level with period p sums the gradients of p steps, moves once by its own update rule, and is byte-equal in between.
+Counters and half-filled accumulators are optimizer state, kept per parameter, so that they are sharded, saved and
+restored with the rest, whether the optimizer sees parameters or ZeRO's flat shards of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nestling.optim.components import COMPONENTS
+
+UNITS = ("steps", "tokens")
+
+
+class Levels(torch.optim.Optimizer):
+    """An optimizer whose parameter groups are levels.
+
+    Args:
+        params: parameters, or dicts of `params` and any of the settings below (as in every torch optimizer).
+        lr: learning rate.
+        name: the level's name; groups of the same name are one level.
+        period: steps or tokens between two moves of a level.
+        unit: "steps" (optimizer steps) or "tokens" of `period`.
+        tokens_per_step: tokens that one optimizer step has read; needed for `unit="tokens"`. A level moves at the end
+            of each step in which its count of tokens reaches a multiple of its period, at most once a step.
+        optimizer: update rule of the level, one of `COMPONENTS`: "adamw", "sgd".
+        betas, eps: of AdamW.
+        momentum: of SGD.
+        weight_decay: decoupled, applied when the level moves.
+
+    Attributes:
+        updates: moves made so far, by level name.
+
+    Raises:
+        ValueError: a setting out of range or an unknown name.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        *,
+        name: str = "base",
+        period: int = 1,
+        unit: str = "steps",
+        tokens_per_step: int | None = None,
+        optimizer: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = dict(
+            lr=lr,
+            name=name,
+            period=period,
+            unit=unit,
+            tokens_per_step=tokens_per_step,
+            optimizer=optimizer,
+            betas=betas,
+            eps=eps,
+            momentum=momentum,
+            weight_decay=weight_decay,
+        )
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            _check(group)
+        self.updates: dict[str, int] = {group["name"]: 0 for group in self.param_groups}
+        self._squared: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take in the gradients; move the levels that are due."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._take_in(parameter, group)
+        return loss
+
+    def pop_update_norms(self) -> dict[str, Tensor]:
+        """Squared norm of what each level moved by since the last call; under ZeRO of this rank's shard."""
+        norms, self._squared = self._squared, {}
+        return norms
+
+    def _take_in(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[parameter]
+        if not state:
+            state.update(steps=0, updates=0)
+            if not _every_step(group):
+                state["accumulator"] = torch.zeros_like(parameter)
+        state["steps"] += 1
+        gradient = parameter.grad
+        if "accumulator" in state:
+            gradient = state["accumulator"].add_(gradient)
+        if not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):
+            return
+        state["updates"] += 1
+        change = COMPONENTS[group["optimizer"]](parameter, gradient, state, group)
+        parameter.add_(change)
+        if "accumulator" in state:
+            state["accumulator"].zero_()
+        name = group["name"]
+        self.updates[name] = state["updates"]
+        self._squared[name] = self._squared.get(name, 0.0) + change.float().square().sum()
+
+
+def due(steps: int, period: int, unit: str = "steps", tokens_per_step: int | None = None) -> bool:
+    """Whether a level moves at the end of optimizer step `steps` (counted from 1)."""
+    if unit == "steps":
+        return steps % period == 0
+    assert tokens_per_step is not None
+    return steps * tokens_per_step // period > (steps - 1) * tokens_per_step // period
+
+
+def _every_step(group: dict[str, Any]) -> bool:
+    return group["period"] <= (1 if group["unit"] == "steps" else group["tokens_per_step"])
+
+
+def _check(group: dict[str, Any]) -> None:
+    level = f"level {group['name']!r}"
+    if not isinstance(group["period"], int) or group["period"] < 1:
+        raise ValueError(f"period of {level}: got {group['period']!r}, needs an integer of at least 1")
+    if group["unit"] not in UNITS:
+        raise ValueError(f"unit of {level}: got {group['unit']!r}, needs one of {', '.join(UNITS)}")
+    if group["unit"] == "tokens" and not (group["tokens_per_step"] or 0) >= 1:
+        raise ValueError(f"tokens_per_step of {level}: got {group['tokens_per_step']!r}, needs the tokens of one step")
+    if group["optimizer"] not in COMPONENTS:
+        raise ValueError(f"optimizer of {level}: got {group['optimizer']!r}, needs one of {', '.join(COMPONENTS)}")
+    for name in ("lr", "eps", "weight_decay", "momentum"):
+        if not group[name] >= 0:
+            raise ValueError(f"{name} of {level}: got {group[name]!r}, needs a number of at least 0")
+    if not all(0 <= beta < 1 for beta in group["betas"]):
+        raise ValueError(f"betas of {level}: got {group['betas']!r}, needs two numbers in [0, 1)")

@@ -1,0 +1,37 @@
+"""Evaluate a finished run on its own held-out text, or on the held-out part of any other source."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from nestling.checkpoint import load_final
+from nestling.data import prepare
+from nestling.evaluation.heldout import heldout_report
+from nestling.tracking import RunFolder
+
+
+def evaluate(folder: RunFolder, source: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+    """Figures of `Report` and the run's id, on this machine and without Ray unless a new source must be read.
+
+    Args:
+        folder: a finished run.
+        source: as `data.source`; None: the source the run was trained on, whose figures replace `evaluation.json`.
+        tokens: held-out tokens at most; None: the job's `evaluation.final_tokens`.
+
+    Raises:
+        CheckpointError, DataError: what is missing, and how to fix it.
+    """
+    model, _, config = load_final(folder)
+    data = config.data if source is None else replace(config.data, source=source)
+    data = replace(data, tokenizer=str(folder.tokenizer))
+    torch.set_num_threads(1)
+    corpus = prepare(data, folder.path.parent / "cache")
+    report = heldout_report(model, corpus, config, tokens or config.evaluation.final_tokens)
+    figures = {"run_id": folder.run_id, "source": data.source, **report.as_dict()}
+    if source is None:
+        folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n")
+    return figures

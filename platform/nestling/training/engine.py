@@ -1,0 +1,83 @@
+"""DeepSpeed around a model and its levels: any ZeRO stage, CPU or GPU, gradient accumulation, clipping, bfloat16.
+
+The few places where DeepSpeed has to be handled with care are here and nowhere else.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import nn
+
+from nestling.config import JobConfig
+from nestling.optim import Levels
+
+
+def engine_settings(config: JobConfig, world_size: int) -> dict[str, Any]:
+    """DeepSpeed's configuration for a job."""
+    training = config.training
+    share = training.batch_tokens // (config.data.sequence_length * world_size)
+    micro = training.micro_batch or share
+    return {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": share // micro,
+        "gradient_clipping": training.clip,
+        "bf16": {"enabled": training.precision == "bfloat16"},
+        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": False},
+        # Levels is not on DeepSpeed's list of optimizers that it has tested with ZeRO; our tests do that.
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+    }
+
+
+def make_engine(model: nn.Module, groups: list[dict[str, Any]], config: JobConfig, world_size: int) -> Any:
+    """Wrap the model; `engine.optimizer` holds the sharded `Levels`."""
+    deepspeed = _import_deepspeed(torch.cuda.is_available() and config.training.device != "cpu")
+    settings = engine_settings(config, world_size)
+    optimizer = Levels(groups, lr=config.training.learning_rate)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def levels_of(engine: Any) -> Levels:
+    """The `Levels` inside ZeRO's wrapper, if there is one."""
+    optimizer = engine.optimizer
+    while not isinstance(optimizer, Levels):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def set_rate(engine: Any, factor: float) -> None:
+    """Set every group's learning rate to `factor` of its peak."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = factor * group["peak_lr"]
+
+
+def full_weights(engine: Any, keep: bool) -> dict[str, torch.Tensor]:
+    """Float32 weights by name on the CPU where `keep`, gathered one parameter at a time; all ranks must call it."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, parameter in engine.module.named_parameters():
+        full = safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter
+        if full is None:  # bfloat16 without ZeRO keeps its master weights elsewhere
+            full = parameter
+        if keep:
+            weights[name] = full.detach().float().cpu().clone()
+    return weights
+
+
+def _import_deepspeed(gpu: bool) -> Any:
+    """Import DeepSpeed for this device. It builds a C++ extension for CPU collectives at first use, which takes half a
+    minute and a compiler; gloo does the same work without it."""
+    if not gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    if not gpu:
+        import deepspeed.ops
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed

@@ -1,0 +1,190 @@
+"""The driver's side of a run: check, prepare the data, start the workers, watch them, sum up.
+
+What can fail cheaply fails first: the tracking server before Ray, the data before the workers.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nestling.cluster import connected
+from nestling.config import JobConfig, to_mapping, to_yaml
+from nestling.data import Corpus, Feed, prepare
+from nestling.tracking import RunFolder, TrackedRun, finish, start
+
+Progress = Callable[[dict[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a run ended; the keys of `nestling train --json`."""
+
+    run_id: str
+    status: str
+    steps: int
+    tokens: int
+    train_loss: float
+    heldout_bits_per_byte: float
+    unigram_bits_per_byte: float
+    tokens_per_second: float
+    checkpoint: str | None
+    run_dir: str
+    tracking_uri: str
+
+
+class TrainingError(RuntimeError):
+    """The workers failed; the message is the first cause."""
+
+
+def fit(config: JobConfig, folder: RunFolder, on_progress: Progress | None = None) -> Summary:
+    """Train the job in `folder` to its end.
+
+    Args:
+        config: the checked job.
+        folder: a fresh run folder.
+        on_progress: called in another thread with each record of the log as it appears.
+
+    Raises:
+        TrackingError, ClusterError, DataError, TrainingError: what cannot be reached, found or done, and how to fix it.
+        KeyboardInterrupt: passed on after the run was marked as interrupted.
+    """
+    status, tracked = "failed", None
+    try:
+        tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
+        with connected(config.training.workers, _gpus(config)):
+            corpus = prepare(config.data, Path(config.run.dir) / "cache")
+            config = _complete(config, corpus)
+            folder.config.write_text(to_yaml(config))
+            corpus.tokenizer.save(folder.tokenizer)
+            with _followed(folder, on_progress):
+                result = _train(config, corpus, folder, tracked)
+        status = "finished"
+        return _sum_up(folder, tracked, result)
+    except KeyboardInterrupt:
+        status = "interrupted"
+        raise
+    except Exception as error:
+        folder.update(error=str(error))
+        raise
+    finally:
+        folder.update(status=status)
+        if tracked is not None:
+            finish(tracked, folder, status, _figure(folder))
+
+
+def _gpus(config: JobConfig) -> int:
+    import torch
+
+    wanted = config.training.device
+    return config.training.workers if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else 0
+
+
+def _complete(config: JobConfig, corpus: Corpus) -> JobConfig:
+    """Fill in the vocabulary; check that there is at least one batch before workers start."""
+    vocabulary = corpus.tokenizer.vocab_size
+    if config.model.vocab_size not in (None, vocabulary):
+        raise ValueError(
+            f"model.vocab_size: got {config.model.vocab_size}, the tokenizer has {vocabulary} tokens; "
+            "leave model.vocab_size out to take the tokenizer's"
+        )
+    length, training = config.data.sequence_length, config.training
+    Feed(corpus.train, length, training.batch_tokens // length, config.seed)
+    return replace(config, model=replace(config.model, vocab_size=vocabulary))
+
+
+def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    from nestling.training.worker import train_worker
+
+    gpus = _gpus(config)
+    trainer = TorchTrainer(
+        train_worker,
+        train_loop_config={
+            "config": to_yaml(config),
+            "folder": str(folder.path),
+            "corpus": str(corpus.folder.resolve()),
+            "tracking_uri": tracked.uri,
+            "mlflow_run_id": tracked.mlflow_run_id,
+        },
+        scaling_config=ScalingConfig(num_workers=config.training.workers, use_gpu=gpus > 0),
+        run_config=RunConfig(
+            name="ray",
+            storage_path=str(folder.path),
+            failure_config=FailureConfig(max_failures=config.training.max_failures),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as error:
+        raise TrainingError(_first_cause(error)) from error
+
+
+def _first_cause(error: BaseException) -> str:
+    """The message of the exception that a worker raised, without Ray's wrapping."""
+    for failure in (getattr(error, "worker_failures", None) or {}).values():
+        cause = getattr(failure, "cause", None) or failure
+        return str(cause).strip().splitlines()[-1]
+    return str(error).strip().splitlines()[-1]
+
+
+@contextmanager
+def _followed(folder: RunFolder, on_progress: Progress | None) -> Iterator[None]:
+    """Pass each new record of the log on while the block runs, and the last ones before it ends."""
+    if on_progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def follow() -> None:
+        seen = 0
+        ended = False
+        while not ended:
+            ended = done.wait(0.2)
+            records = folder.records()
+            for record in records[seen:]:
+                on_progress(record)
+            seen = len(records)
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _sum_up(folder: RunFolder, tracked: TrackedRun, result: dict[str, Any]) -> Summary:
+    evaluation = {"run_id": folder.run_id, **result.pop("evaluation")}
+    folder.evaluation.write_text(json.dumps(evaluation, indent=2) + "\n")
+    figures = {key: evaluation[key] for key in ("heldout_bits_per_byte", "unigram_bits_per_byte")}
+    folder.update(**result, **figures)
+    return Summary(
+        run_id=folder.run_id,
+        status="finished",
+        checkpoint=None,
+        run_dir=str(folder.path),
+        tracking_uri=tracked.uri,
+        **result,
+        **figures,
+    )
+
+
+def _figure(folder: RunFolder) -> Path | None:
+    from nestling.tracking.figures import loss_figure
+
+    records = folder.records()
+    if not records:
+        return None
+    info = folder.info()
+    loss_figure(records, folder.figure, info.get("unigram_bits_per_byte"), f"{folder.name} ({folder.run_id})")
+    return folder.figure

@@ -1,0 +1,22 @@
+"""Learning rate as a function of the step alone, so that a schedule needs no state to resume."""
+
+from __future__ import annotations
+
+import math
+
+from nestling.config import TrainingConfig
+
+
+def rate_factor(step: int, training: TrainingConfig) -> float:
+    """Share of the peak learning rate at optimizer step `step` (from 1): linear warm-up, then the schedule."""
+    if step <= training.warmup_steps:
+        return step / training.warmup_steps
+    low, start, end = training.final_learning_rate, training.warmup_steps, training.steps
+    if training.schedule == "wsd":
+        start = max(start, end - (training.decay_steps or -(-end // 5)))
+    if step <= start:
+        return 1.0
+    progress = (step - start) / max(end - start, 1)
+    if training.schedule == "cosine":
+        return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
+    return low + (1 - low) * (1 - progress)
