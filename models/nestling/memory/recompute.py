@@ -88,9 +88,7 @@ class _Scan(torch.autograd.Function):
             offset = first // blocks_per_state * n_carry
             leaves = tuple(_leaf(t, True) for t in kept[offset : offset + n_carry])
             start, end = spans[group[0]][0], spans[group[-1]][1]
-            pieces = tuple(
-                _leaf(t[..., start:end, :], want) for t, want in zip(inputs, wants_inputs, strict=True)
-            )
+            pieces = tuple(_leaf(t[..., start:end, :], want) for t, want in zip(inputs, wants_inputs, strict=True))
             with torch.enable_grad():
                 carry, outputs = leaves, []
                 for block in group:

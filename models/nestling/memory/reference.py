@@ -63,7 +63,15 @@ def read_memory(name: str, layers: Layers, z: Tensor) -> Tensor:
 
 
 def write_memory(
-    name: str, current: Layers, frozen: Layers, base: Layers, k: Tensor, v: Tensor, alpha: Tensor, eta: Tensor, rule: Rule
+    name: str,
+    current: Layers,
+    frozen: Layers,
+    base: Layers,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    rule: Rule,
 ) -> Layers:
     """One step of one memory towards its self-generated target (Eq. 83-88), the gradient taken at `frozen`."""
     w1, w2 = frozen

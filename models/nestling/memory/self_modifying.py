@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory import chunked, reference
-from nestling.memory.checks import check_backend, check_float, check_no_nan, check_positive, check_same, check_shape, state_dtype
+from nestling.memory.checks import (
+    check_backend,
+    check_float,
+    check_no_nan,
+    check_positive,
+    check_same,
+    check_shape,
+    state_dtype,
+)
 from nestling.memory.rule import Rule
 from nestling.memory.state import SCALAR_MEMORIES, MemoryState, to_state_dtype
 

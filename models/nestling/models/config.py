@@ -106,7 +106,9 @@ class HopeConfig(SkeletonConfig):
             _require(value is None or value >= 1, f"model.{name}: got {value}, needs at least 1 (or null)")
         for name in ("redraw_chunk_sizes", "level_widths"):
             values = getattr(self, name)
-            _require(all(value >= 1 for value in values), f"model.{name}: got {list(values)}, every entry needs at least 1")
+            _require(
+                all(value >= 1 for value in values), f"model.{name}: got {list(values)}, every entry needs at least 1"
+            )
         _require(self.memory_gain > 0, f"model.memory_gain: got {self.memory_gain}, needs more than 0")
         _require(0 < self.eta_max <= 2, f"model.eta_max: got {self.eta_max}, needs a value in (0, 2]")
         low_high = list(self.horizons)

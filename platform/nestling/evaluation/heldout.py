@@ -90,8 +90,8 @@ def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank
     heldout = corpus.heldout.tokens
     length = min(length, len(heldout) - 1)
     rows = _rows(heldout, length)[: max(1, tokens // length)]
-    with _gates_logged(model) as gates:
-        losses = _losses(model, rows, rank, world)
+    losses = _losses(model, rows, rank, world)
+    gates = _gates(model, rows[:BATCH])
     mean = losses.mean().item()
     stretches = [part.mean().item() for part in losses.mean(0).tensor_split(min(POSITIONS, length))]
     control = rows[: max(1, CONTROL_TOKENS // length)]
@@ -171,16 +171,15 @@ def _writes_off(model: LanguageModel) -> Iterator[None]:
             layer.writes = True
 
 
-@contextmanager
-def _gates_logged(model: LanguageModel) -> Iterator[list[tuple[float, float]]]:
-    """Yields a list that holds (mean eta, mean alpha) of each self-modifying layer once the block has run."""
-    layers, gates = mixers(model), []
+def _gates(model: LanguageModel, rows: np.ndarray) -> list[tuple[float, float]]:
+    """(mean eta, mean alpha) of each self-modifying layer over these rows; every rank reads the same ones."""
+    layers = mixers(model)
     for layer in layers:
         layer.gate_log = []
     try:
-        yield gates
+        if layers:
+            _losses(model, rows, rank=0, world=1)
+        return [gates for layer in layers for gates in layer.gate_log or []]
     finally:
         for layer in layers:
-            log, layer.gate_log = layer.gate_log or [], None
-            if log:
-                gates.append((sum(eta for eta, _ in log) / len(log), sum(alpha for _, alpha in log) / len(log)))
+            layer.gate_log = None

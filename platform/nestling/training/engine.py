@@ -5,6 +5,7 @@ The few places where DeepSpeed has to be handled with care are here and nowhere 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -20,12 +21,15 @@ def engine_settings(config: JobConfig, world_size: int) -> dict[str, Any]:
     training = config.training
     share = training.batch_tokens // (config.data.sequence_length * world_size)
     micro = training.micro_batch or share
+    half = training.precision == "bfloat16"
+    # DeepSpeed keeps float32 master weights for bfloat16 from stage 1 on, so that is the least that bfloat16 gets.
+    stage = max(training.zero_stage, 1) if half else training.zero_stage
     return {
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": share // micro,
-        "gradient_clipping": training.clip,
-        "bf16": {"enabled": training.precision == "bfloat16"},
-        "zero_optimization": {"stage": training.zero_stage, "overlap_comm": False},
+        "gradient_clipping": training.clip if stage else 0.0,
+        "bf16": {"enabled": half},
+        "zero_optimization": {"stage": stage, "overlap_comm": False},
         # Levels is not on DeepSpeed's list of optimizers that it has tested with ZeRO; our tests do that.
         "zero_allow_untested_optimizer": True,
         "steps_per_print": 10**9,
@@ -55,15 +59,24 @@ def set_rate(engine: Any, factor: float) -> None:
         group["lr"] = factor * group["peak_lr"]
 
 
+def optimizer_step(engine: Any, clip: float) -> float | None:
+    """Take the optimizer step if a batch is complete; returns the gradient's norm before clipping where it is known."""
+    if engine.zero_optimization() or not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return engine.get_global_grad_norm()
+    # Without ZeRO, DeepSpeed clips but does not say by how much.
+    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf)
+    engine.step()
+    return float(norm)
+
+
 def full_weights(engine: Any, keep: bool) -> dict[str, torch.Tensor]:
     """Float32 weights by name on the CPU where `keep`, gathered one parameter at a time; all ranks must call it."""
     from deepspeed.utils import safe_get_full_fp32_param
 
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        full = safe_get_full_fp32_param(parameter) if engine.zero_optimization_stage() else parameter
-        if full is None:  # bfloat16 without ZeRO keeps its master weights elsewhere
-            full = parameter
+        full = safe_get_full_fp32_param(parameter) if engine.zero_optimization() else parameter
         if keep:
             weights[name] = full.detach().float().cpu().clone()
     return weights

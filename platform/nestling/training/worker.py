@@ -10,7 +10,6 @@ import math
 import random
 import time
 from collections import deque
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +22,8 @@ from nestling.data import Corpus, Feed
 from nestling.evaluation import heldout_report
 from nestling.models import HopeConfig, build
 from nestling.models.hope import set_chunk_size
-from nestling.models.skeleton import LanguageModel
-from nestling.tracking import RunFolder, TrackedRun, Tracker
-from nestling.training.engine import full_weights, levels_of, make_engine, set_rate
+from nestling.tracking import RunFolder, Tracker
+from nestling.training.engine import full_weights, levels_of, make_engine, optimizer_step, set_rate
 from nestling.training.groups import parameter_groups
 from nestling.training.schedule import rate_factor
 
@@ -68,15 +66,14 @@ class Training:
         self.model.activation_checkpointing = config.training.activation_checkpointing
         self.engine = make_engine(self.model, parameter_groups(self.model, config), config, world)
         self.levels = levels_of(self.engine)
-        self.ends: deque[float] = deque(maxlen=RATE_WINDOW + 1)
+        self.gradient_norm: float | None = None
+        self._ends: deque[float] = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
 
     def run(self, folder: RunFolder) -> dict[str, Any]:
         training = self.config.training
-        self.ends.append(time.perf_counter())
         started, paused, loss = time.perf_counter(), 0.0, math.nan
         for step in range(1, training.steps + 1):
             loss = self.step(step)
-            self.ends.append(time.perf_counter())
             record = self.record(step, loss) if step % training.log_every == 0 or step == training.steps else {}
             last = step == training.steps
             if last or (training.evaluate_every and step % training.evaluate_every == 0):
@@ -85,7 +82,7 @@ class Training:
                 report = heldout_report(self.model, self.corpus, self.config, tokens, self.rank, self.world)
                 record |= report.metrics()
                 paused += time.perf_counter() - began
-                self.ends = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
+                self._ends = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
             if record and self.tracker is not None:
                 self.tracker.log(record, step)
         seconds = time.perf_counter() - started - paused
@@ -115,11 +112,12 @@ class Training:
             logits, _ = self.engine(piece[:, :-1])
             loss = F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
             self.engine.backward(loss)
-            self.engine.step()
+            self.gradient_norm = optimizer_step(self.engine, self.config.training.clip)
             total += loss.detach() / len(pieces)
         set_chunk_size(self.model, None)
         dist.all_reduce(total)
         loss = total.item() / self.world
+        self._ends.append(time.perf_counter())
         if not math.isfinite(loss):
             raise FloatingPointError(
                 f"the loss of step {step} is {loss}: training has diverged; lower training.learning_rate, "
@@ -134,14 +132,15 @@ class Training:
             "train/loss": loss,
             "train/bits_per_byte": self.corpus.bits_per_byte(loss, "train"),
             "train/tokens": step * training.batch_tokens,
-            "train/tokens_per_second": self.tokens_per_second(),
-            "train/gradient_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "train/tokens_per_second": self._tokens_per_second(),
             "train/learning_rate": rate_factor(step, training) * training.learning_rate,
         }
+        if self.gradient_norm is not None:
+            record["train/gradient_norm"] = float(self.gradient_norm)
         squared = self.levels.pop_update_norms()
         names = sorted(self.levels.updates)
         norms = torch.tensor([float(squared.get(name, 0.0)) for name in names], device=self.device)
-        if training.zero_stage:
+        if self.engine.zero_optimization():  # each rank moved its own shard
             dist.all_reduce(norms)
         for name, norm in zip(names, norms.sqrt().tolist(), strict=True):
             record[f"levels/{name}/updates"] = self.levels.updates[name]
@@ -150,6 +149,6 @@ class Training:
             record[f"levels/{group['name']}/learning_rate"] = group["lr"]
         return record
 
-    def tokens_per_second(self) -> float:
-        steps, seconds = len(self.ends) - 1, self.ends[-1] - self.ends[0]
+    def _tokens_per_second(self) -> float:
+        steps, seconds = len(self._ends) - 1, self._ends[-1] - self._ends[0]
         return steps * self.config.training.batch_tokens / max(seconds, 1e-9)

@@ -1,0 +1,44 @@
+"""Arguments that verbs share, and the run that a reference on the command line means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nestling.config import RunConfig, pick
+from nestling.jobs.output import WRONG_USAGE, Stop
+from nestling.tracking.runs import RunFolder, find_run
+
+Job = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or the name of one in ./jobs.")]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="A run id, the beginning of one, a run's name, or 'latest'.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the job, such as training.steps=100.", show_default=False),
+]
+RunDir = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="run.dir=DIR", help="Where runs are kept.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object on one line.")]
+
+
+def runs_dir(overrides: list[str] | None) -> Path:
+    """Where runs are kept; ConfigError for any key but run.dir."""
+    return Path(pick(overrides or (), "run.dir").get("run.dir", RunConfig().dir)).expanduser()
+
+
+def trained_run(reference: str, overrides: list[str] | None) -> RunFolder:
+    """The run that `reference` means, which must have its final weights."""
+    try:
+        folder = find_run(runs_dir(overrides), reference)
+    except LookupError as error:
+        raise Stop(str(error.args[0]), WRONG_USAGE) from error
+    if not folder.weights.is_file():
+        raise Stop(
+            f"run {folder.run_id} ({folder.name}, {folder.info().get('status')}) has no final weights: "
+            f"{folder.weights} is missing; choose a finished run (nestling runs)",
+            WRONG_USAGE,
+        )
+    return folder

@@ -1,0 +1,64 @@
+"""`nestling generate`: text from a trained model, token by token from its recurrent state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from nestling.jobs.arguments import AsJson, Run, RunDir, trained_run
+from nestling.jobs.output import say, verb
+
+if TYPE_CHECKING:
+    from nestling.data.tokenizer import Tokenizer
+
+#: Control characters, which could do anything to a terminal, as their visible pictures; but newlines and tabs.
+_HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+
+
+@verb("run_id", "text", "tokens", "tokens_per_second")
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(help="Text to go on from; an empty one starts a document.")],
+    overrides: RunDir = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 200,
+    seed: Annotated[int, typer.Option(help="Of the draws: the same seed gives the same text.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many likeliest tokens only.")] = None,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Print the continuation of a prompt as it comes."""
+    folder = trained_run(run, overrides)
+
+    import torch
+
+    from nestling.checkpoint import load_final
+    from nestling.models import sampling
+
+    model, tokenizer, _ = load_final(folder)
+    ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.separator])
+    stop = tokenizer.separator
+    tokens = sampling.generate(model, ids, max_tokens, seed=seed, temperature=temperature, top_k=top_k, stop=stop)
+    taken: list[int] = []
+    pieces: list[str] = []
+    start = time.perf_counter()
+    for piece in _text(tokens, tokenizer, taken):
+        pieces.append(piece)
+        if not as_json:
+            print(piece.translate(_HARMLESS), end="", flush=True)
+    speed = len(taken) / (time.perf_counter() - start)
+    if not as_json:
+        print()
+        say(f"{len(taken)} tokens, {speed:,.0f} tokens/s", style="dim")
+    return {"run_id": folder.run_id, "text": "".join(pieces), "tokens": len(taken), "tokens_per_second": speed}
+
+
+def _text(tokens: Iterator[int], tokenizer: Tokenizer, taken: list[int]) -> Iterator[str]:
+    """The text of tokens as soon as it is complete; the tokens themselves are put into `taken`."""
+    stream = tokenizer.stream()
+    for token in tokens:
+        taken.append(token)
+        yield stream.push(token)
+    yield stream.flush()

@@ -1,0 +1,80 @@
+"""How far a training is: a bar on a terminal, a line every few seconds anywhere else."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from nestling.config import TrainingConfig
+from nestling.jobs.output import say, terminal
+
+#: Seconds between two lines where there is no terminal.
+INTERVAL = 5.0
+
+
+class TrainingProgress:
+    """Shows the records of a training as they come; call it with each of them.
+
+    The bar is open while it is used as a context manager.
+    """
+
+    def __init__(self, training: TrainingConfig) -> None:
+        self._training = training
+        self._heldout = ""
+        self._last_line = float("-inf")
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> TrainingProgress:
+        if terminal.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
+            self._bar = Progress(
+                *columns,
+                TextColumn("{task.fields[figures]}"),
+                console=terminal,
+                # Left alone, rich would bring back to the terminal what others print.
+                redirect_stdout=False,
+                redirect_stderr=False,
+            )
+            self._task = self._bar.add_task("starting", total=self._training.steps, figures="Ray and data")
+            self._bar.start()
+        else:
+            say("starting Ray, preparing data")
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Takes one record of log.jsonl: `step` and any of the metrics."""
+        step, steps = int(record["step"]), self._training.steps
+        heldout = record.get("heldout/bits_per_byte")
+        if heldout is not None:
+            self._heldout = f"held-out {heldout:.3f} bits per byte"
+        figures = "  ".join(filter(None, (*self._figures(record, step), self._heldout)))
+        if self._bar is not None:
+            self._bar.update(self._task, description="training", completed=step, figures=figures)
+        elif heldout is not None or step == steps or time.monotonic() - self._last_line >= INTERVAL:
+            self._last_line = time.monotonic()
+            say(f"step {step}/{steps}  {figures}")
+
+    def _figures(self, record: dict[str, Any], step: int) -> list[str]:
+        figures = []
+        if (loss := record.get("train/loss")) is not None:
+            figures.append(f"loss {loss:.3f}")
+        if speed := record.get("train/tokens_per_second"):
+            left = (self._training.steps - step) * self._training.batch_tokens / speed
+            figures += [f"{speed:,.0f} tokens/s", f"{duration(left)} left"]
+        return figures
+
+
+def duration(seconds: float) -> str:
+    """A time as hours, minutes and seconds: 1:02:03, or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

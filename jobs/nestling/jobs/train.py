@@ -1,0 +1,72 @@
+"""`nestling train`: from a job file to a trained model in the runs folder."""
+
+from __future__ import annotations
+
+import shlex
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nestling.config import JobConfig, RunConfig, load
+from nestling.jobs.arguments import AsJson, Job, Overrides
+from nestling.jobs.output import FAILED, INTERRUPTED, WRONG_USAGE, Stop, chatter_to, describe, say, verb
+from nestling.jobs.progress import TrainingProgress
+from nestling.tracking.runs import RunFolder
+
+KEYS = (
+    *("run_id", "status", "steps", "tokens", "train_loss", "heldout_bits_per_byte", "unigram_bits_per_byte"),
+    *("tokens_per_second", "checkpoint", "run_dir", "tracking_uri"),
+)
+
+
+@verb(*KEYS)
+def train(job: Job, overrides: Overrides = None, as_json: AsJson = False) -> dict[str, Any]:
+    """Train a model: JOB, with any of its keys changed."""
+    config = load(job, overrides or ())
+    from nestling.training import fit  # torch takes seconds: not before the configuration is known to be right
+
+    try:
+        folder = RunFolder.create(config.run.dir, config.run.name)
+    except OSError as error:
+        raise Stop(f"run.dir: cannot make a run in {config.run.dir}: {error}", WRONG_USAGE) from error
+    say(f"run {folder.run_id} in {folder.path}; Ray's and DeepSpeed's output: {folder.ray_log}")
+    try:
+        with chatter_to(folder.ray_log), TrainingProgress(config.training) as progress:
+            summary = asdict(fit(config, folder, progress))
+    except KeyboardInterrupt as error:
+        raise _stop(folder, "interrupted", INTERRUPTED) from error
+    except Exception as error:
+        with folder.ray_log.open("a") as file:
+            traceback.print_exception(error, file=file)
+        raise _stop(folder, f"failed: {describe(error)}", FAILED) from error
+    if not as_json:
+        print(_report(summary, folder, config))
+    return summary
+
+
+def _stop(folder: RunFolder, how: str, code: int) -> Stop:
+    info = folder.info() | {"run_dir": folder.path}
+    message = f"run {folder.run_id} {how}\nthe whole story: {folder.ray_log}"
+    return Stop(message, code, {key: info.get(key) for key in KEYS})
+
+
+def _report(summary: dict[str, Any], folder: RunFolder, config: JobConfig) -> str:
+    place = "" if Path(config.run.dir) == Path(RunConfig().dir) else f" run.dir={shlex.quote(config.run.dir)}"
+    heldout, unigram, speed = (
+        summary[key] for key in ("heldout_bits_per_byte", "unigram_bits_per_byte", "tokens_per_second")
+    )
+    lines = {
+        "run": f"{folder.run_id} ({folder.name}), {summary['steps']:,} steps, {summary['tokens']:,} tokens",
+        "held-out": f"{_figure(heldout)} bits per byte; unigram entropy (the chance line): {_figure(unigram)}",
+        "speed": f"{_figure(speed, ',.0f')} tokens/s",
+        "folder": str(folder.path),
+        "log": str(folder.ray_log),
+        "curves": f"{folder.figure}, or in MLflow: nestling ui{place}",
+        "sample": f'nestling generate {folder.run_id} --prompt "The "{place}',
+    }
+    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _figure(value: float | None, form: str = ".3f") -> str:
+    return "unknown" if value is None else format(value, form)

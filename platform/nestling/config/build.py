@@ -1,0 +1,122 @@
+"""From a plain mapping to a checked `JobConfig`, with errors that name the full key.
+
+OmegaConf's structured configs convert and check every value; they are filled one value at a time because a merge of
+whole trees loses the path of what is wrong inside a list.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any, get_args, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nestling.config.schema import JobConfig
+from nestling.models.config import MODEL_CONFIGS, SkeletonConfig
+
+_WORDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "bool": "true or false",
+    "str": "text",
+    "None": "null",
+    "list[int]": "a list of whole numbers",
+    "list[float]": "a list of numbers",
+    "list[str]": "a list of texts",
+    "tuple[float, float]": "two numbers, such as [0.9, 0.98]",
+}
+
+
+class ConfigError(ValueError):
+    """Something is wrong with a job file or an override; the message is complete and ready to print."""
+
+
+def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
+    """The error for `key`, naming the nearest of the `known` keys (full dotted paths)."""
+    known = list(known)
+    section = key.rpartition(".")[0]
+    siblings = [other for other in known if other.rpartition(".")[0] == section]
+    nearest = difflib.get_close_matches(key, siblings, n=1, cutoff=0.75) or difflib.get_close_matches(
+        key, known, n=1, cutoff=0.0
+    )
+    return ConfigError(f"{key}: unknown key; the nearest known one is {nearest[0]}")
+
+
+def model_class(name: object) -> type[SkeletonConfig]:
+    """The configuration class of the model called `name`; ConfigError if there is none."""
+    if name not in MODEL_CONFIGS:
+        raise ConfigError(f"model.name: got {name!r}, needs one of {', '.join(MODEL_CONFIGS)}")
+    return MODEL_CONFIGS[str(name)]
+
+
+def build(given: Mapping[str, Any]) -> JobConfig:
+    """Fills a job with what is given; raises ConfigError for unknown keys, wrong types and values that cannot work."""
+    model = given.get("model")
+    name = model.get("name", "hope") if isinstance(model, dict) else "hope"
+    job = OmegaConf.structured(JobConfig)
+    job.model = OmegaConf.structured(model_class(name))
+    _fill(job, job, given, "")
+    try:
+        config: JobConfig = OmegaConf.to_object(job)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return config
+
+
+def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
+    """Copies `given` into a section of the job, key by key; `path` is where the section stands ("" at the top)."""
+    if not isinstance(given, Mapping):
+        raise ConfigError(f"{path}: got {given!r}, needs a mapping with keys such as {', '.join(list(section)[:3])}")
+    section_class: Any = OmegaConf.get_type(section)
+    annotations = {field.name: str(field.type) for field in fields(section_class)}
+    hints = get_type_hints(section_class)
+    for key, value in given.items():
+        full_key = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise unknown_key(_first_leaf(full_key, value), [*_keys(job, ""), *_keys(section, path)])
+        element = next(filter(is_dataclass, get_args(hints[key])), None)
+        if is_dataclass(hints[key]):
+            _fill(job, section[key], value, full_key)
+        elif element is not None:
+            if not isinstance(value, list):
+                raise ConfigError(f"{full_key}: got {value!r}, needs a list, for example [{{period: 1, width: 64}}]")
+            section[key] = [OmegaConf.structured(element) for _ in value]
+            for place, item in enumerate(value):
+                _fill(job, section[key][place], item, f"{full_key}.{place}")
+        else:
+            try:
+                OmegaConf.update(section, key, value, merge=False)
+            except (OmegaConfBaseException, TypeError, ValueError) as error:
+                raise ConfigError(f"{full_key}: got {value!r}, needs {_in_words(annotations[key])}") from error
+
+
+def _first_leaf(path: str, value: Any) -> str:
+    while isinstance(value, Mapping) and value:
+        key, value = next(iter(value.items()))
+        path = f"{path}.{key}"
+    return path
+
+
+def _in_words(annotation: str) -> str:
+    """A type annotation as a person would say it."""
+    literal = re.fullmatch(r"Literal\[(.*)\]", annotation)
+    if literal:
+        return "one of " + literal.group(1).replace("'", "").replace('"', "")
+    return " or ".join(_WORDS.get(part, part) for part in annotation.split(" | "))
+
+
+def _keys(section: DictConfig, path: str) -> list[str]:
+    """Full dotted paths of every key below a section."""
+    keys = []
+    for key in section:
+        full_key = f"{path}.{key!s}" if path else str(key)
+        keys.append(full_key)
+        if isinstance(section[key], DictConfig):
+            keys += _keys(section[key], full_key)
+    return keys

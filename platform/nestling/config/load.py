@@ -1,0 +1,181 @@
+"""Job files and overrides: from what a person wrote to a checked `JobConfig`, and back to YAML.
+
+A job file is YAML; `key=value` overrides change it before anything is checked, so that file and overrides follow the
+same rules. Whatever is wrong is a `ConfigError` before anything starts.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from nestling.config.build import ConfigError, build, model_class, unknown_key
+from nestling.config.schema import JobConfig
+from nestling.models.config import HopeConfig
+
+log = logging.getLogger(__name__)
+
+
+def load(job: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+    """Reads a job file, applies overrides such as `training.steps=100` or `levels.0.period=4`, and checks the result.
+
+    `job` is a path, or the bare name of a file in `jobs/` of the current folder ("quickstart"). Raises ConfigError.
+    """
+    given = _read(_find(job))
+    changes = [parse_override(override) for override in overrides]
+    _switch_model(given, changes)
+    for key, value in changes:
+        _change(given, key, value)
+    config = build(given)
+    _check_data(config)
+    _say_what_is_unused(given, config)
+    return config
+
+
+def to_mapping(config: JobConfig) -> dict[str, Any]:
+    """The configuration as plain dictionaries, lists and scalars, every default filled in."""
+    mapping = asdict(config)
+    mapping["training"]["betas"] = list(config.training.betas)
+    return mapping
+
+
+def to_yaml(config: JobConfig) -> str:
+    """The resolved configuration as YAML, itself a job file."""
+    return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
+
+
+def from_yaml(text: str) -> JobConfig:
+    """The inverse of `to_yaml`; the data need not be there. Raises ConfigError."""
+    return build(_parse(text, "the configuration"))
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """Splits `key=value`; the value is YAML. Raises ConfigError."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"{override}: is no override, needs key=value, for example training.steps=100")
+    try:
+        return key, _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{key}: the value {text!r} is no YAML: {_on_one_line(error)}") from error
+
+
+def pick(overrides: Sequence[str], *allowed: str) -> dict[str, str]:
+    """The overrides of a verb that takes only the `allowed` keys, as texts. Raises ConfigError for any other key."""
+    picked = {}
+    for override in overrides:
+        key, value = parse_override(override)
+        if key not in allowed:
+            raise unknown_key(key, allowed)
+        picked[key] = str(value)
+    return picked
+
+
+def _find(job: str | Path) -> Path:
+    path = Path(job)
+    if path.is_file():
+        return path
+    shipped = Path("jobs") / f"{path}.yaml"
+    if path.name == str(path) and shipped.is_file():
+        return shipped
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder, needs a job file (YAML)")
+    names = ", ".join(sorted(file.stem for file in Path("jobs").glob("*.yaml"))) or "none (there is no jobs/*.yaml)"
+    raise ConfigError(f"{path}: no such job file; give a path, or the name of a job in ./jobs: {names}")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read as a job file: {error}") from error
+    return _parse(text, str(path))
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        given = _plain(OmegaConf.create(text))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{where}: is no valid YAML: {_on_one_line(error)}") from error
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: holds a list, needs a mapping of sections (model:, training:, ...)")
+    return given
+
+
+def _plain(parsed: Any) -> Any:
+    """Dictionaries and lists of what OmegaConf parsed; `${...}` stays text until the whole job is there."""
+    return OmegaConf.to_container(parsed, resolve=False)
+
+
+def _switch_model(given: dict[str, Any], changes: list[tuple[str, Any]]) -> None:
+    """If an override changes model.name, drops the file's model keys that the new model does not have, and says so."""
+    section = given.setdefault("model", {})
+    if not isinstance(section, dict):
+        return
+    before = section.get("name", "hope")
+    name = dict(changes).get("model.name", before)
+    old, new = ({field.name for field in fields(model_class(each))} for each in (before, name))
+    dropped = [key for key in section if key in old - new]
+    for key in dropped:
+        del section[key]
+    if dropped:
+        keys = ", ".join(f"model.{key}" for key in dropped)
+        log.warning("model.name=%s: dropped keys of the job file that only %s has: %s", name, before, keys)
+
+
+def _change(given: dict[str, Any], key: str, value: Any) -> None:
+    """Puts an override's value at a dotted key; a list changes in place only where the file has that element."""
+    *parents, last = parts = key.split(".")
+    node: Any = given
+    for place, part in enumerate(parents):
+        if isinstance(node, dict):
+            node.setdefault(part, [] if parts[place + 1].isdigit() else {})
+        node = node[_index(node, part, key, ".".join(parents[:place]))]
+    node[_index(node, last, key, ".".join(parents))] = value
+
+
+def _index(node: Any, part: str, key: str, where: str) -> str | int:
+    """`part` as an index of the dictionary or list that stands at `where`."""
+    if isinstance(node, dict):
+        return part
+    if not isinstance(node, list):
+        raise ConfigError(f"{key}: {where} is a value and has no keys")
+    if not part.isdigit() or int(part) >= len(node):
+        have = f"{len(node)} elements, counted from 0" if node else "no elements"
+        raise ConfigError(f"{key}: no such element, {where} has {have}; give the whole list: {where}=[...]")
+    return int(part)
+
+
+def _check_data(config: JobConfig) -> None:
+    from nestling.data.errors import DataError  # numpy and tokenizers are only needed here
+    from nestling.data.sources import open_source
+    from nestling.data.tokenizer import Tokenizer
+
+    try:
+        open_source(config.data.source)
+        if config.data.tokenizer != "bytes":
+            Tokenizer.load(config.data.tokenizer, config.data.separator)
+    except DataError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
+    if isinstance(config.model, HopeConfig):
+        widths = config.model.level_widths
+        if given["model"].get("level_widths", widths) != widths:
+            log.warning("model.level_widths is not used: the widths come from levels: %s", widths)
+        return
+    unused = ", ".join(str(level.name) for level in config.levels if level.width is not None)
+    if unused:
+        log.info("%s: has no Continuum Memory System, levels with a width are not used: %s", config.model.name, unused)
+
+
+def _on_one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

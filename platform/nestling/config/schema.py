@@ -1,0 +1,244 @@
+"""The sections of a job, one dataclass a section, documented field by field.
+
+A section checks its own ranges when it is made, `JobConfig` checks what only holds between sections, so that a job that
+exists is a job that can start. Messages name the full key, what was given, what is needed and, where it helps, the
+nearest value that works. Choices are `Literal` types: the loader refuses anything else.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nestling.models.config import HopeConfig, SkeletonConfig
+
+
+def _need(where: str, config: object, needs: str, holds: Callable[[float], bool], *names: str) -> None:
+    """Checks the named fields of a section; None stands for "filled in later" and passes."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not holds(value):
+            raise ValueError(f"{where}.{name}: got {value}, needs {needs}")
+
+
+def _need_name(where: str, value: str) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError(
+            f"{where}: got {value!r}, needs letters, digits, '_', '-' and '.' only, and a letter or digit first"
+        )
+
+
+def _whole(value: float) -> bool:
+    return value >= 1
+
+
+def _positive(value: float) -> bool:
+    return 0 < value < math.inf
+
+
+def _fraction(value: float) -> bool:
+    return 0 <= value <= 1
+
+
+@dataclass
+class RunConfig:
+    """Name and place of a run."""
+
+    #: Name of the run; its folder is `<dir>/<name>-<run id>`.
+    name: str = "run"
+    #: Folder where runs are kept and found; by default NESTLING_RUNS of the environment, else `runs`.
+    dir: str = field(default_factory=lambda: os.environ.get("NESTLING_RUNS") or "runs")
+
+    def __post_init__(self) -> None:
+        _need_name("run.name", self.name)
+        if self.name == "latest":
+            raise ValueError("run.name: 'latest' stands for the newest run; choose another name")
+        if not self.dir:
+            raise ValueError("run.dir: got an empty text, needs a folder, for example run.dir=runs")
+
+
+@dataclass
+class TrackingConfig:
+    """Where MLflow records the run."""
+
+    #: MLflow tracking URI; None: MLFLOW_TRACKING_URI of the environment, else `mlflow.db` (sqlite) in `run.dir`.
+    uri: str | None = None
+    #: MLflow experiment.
+    experiment: str = "nestling"
+
+
+@dataclass
+class DataConfig:
+    """What the model reads."""
+
+    #: `embedded:<domain>` (text that comes with Python) or the path of a text file or of a folder of text files.
+    source: str = "embedded:english"
+    #: Tokens of one training sequence.
+    sequence_length: int = 256
+    #: `bytes`, or the path of a `tokenizer.json`.
+    tokenizer: str = "bytes"
+    #: Token that separates documents; None: the tokenizer's end-of-text token.
+    separator: str | None = None
+    #: Share of the documents held out from training, in per cent.
+    heldout_percent: float = 10.0
+
+    def __post_init__(self) -> None:
+        _need("data", self, "at least 1", _whole, "sequence_length")
+        _need("data", self, "a value above 0 and below 100", lambda value: 0 < value < 100, "heldout_percent")
+
+
+@dataclass
+class LevelConfig:
+    """One level: parameters that move together, every `period` steps or tokens."""
+
+    #: Hidden width of the level's MLP in the Continuum Memory System; None: a level of `parameters`.
+    width: int | None = None
+    #: Steps or tokens from one update to the next.
+    period: int = 1
+    #: Unit of `period`: optimizer steps, or tokens read.
+    unit: Literal["steps", "tokens"] = "steps"
+    #: Optimizer of the level.
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    #: Peak learning rate; None: training.learning_rate.
+    learning_rate: float | None = None
+    #: For a level without a width: fnmatch patterns over the model's parameter names, such as "blocks.*.mixer.*".
+    parameters: list[str] = field(default_factory=list)
+    #: Name in metrics and reports; None: level1, level2, ... by its place in the list.
+    name: str | None = None
+
+    def check(self, where: str) -> None:
+        """Raises ValueError if the level at `where` (such as "levels.0") cannot be built."""
+        _need(where, self, "at least 1", _whole, "width", "period")
+        _need(where, self, "a finite value above 0", _positive, "learning_rate")
+        if self.name is not None:
+            _need_name(f"{where}.name", self.name)
+        if (self.width is None) == (not self.parameters):
+            given = "neither" if self.width is None else "both"
+            raise ValueError(
+                f"{where}: got {given} of width and parameters, needs one of them: `width: 192` for a level of "
+                'the Continuum Memory System, or `parameters: ["blocks.*"]` for a level of other parameters'
+            )
+
+
+@dataclass
+class TrainingConfig:
+    """The training loop: how long, on what, with which optimizer settings."""
+
+    #: Optimizer steps.
+    steps: int = 1000
+    #: Tokens of one optimizer step, over all workers.
+    batch_tokens: int = 4096
+    #: Sequences that a worker runs at once, the rest by gradient accumulation; None: all of its share.
+    micro_batch: int | None = None
+    #: Ray Train workers.
+    workers: int = 1
+    #: Where workers run; auto: a GPU for each worker if there is one.
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    #: DeepSpeed ZeRO stage, 0 to 3: what is sharded over the workers.
+    zero_stage: int = 0
+    #: Peak learning rate.
+    learning_rate: float = 3e-3
+    #: Decoupled weight decay.
+    weight_decay: float = 0.1
+    #: AdamW's averaging factors of the gradient and of its square.
+    betas: tuple[float, float] = (0.9, 0.98)
+    #: Largest norm of the gradient; 0: no clipping.
+    clip: float = 1.0
+    #: Learning rate after the warm-up: cosine, linear, or wsd (constant, then a linear decay of `decay_steps`).
+    schedule: Literal["cosine", "wsd", "linear"] = "cosine"
+    #: Steps of the linear warm-up.
+    warmup_steps: int = 20
+    #: Steps of the decay of wsd; None: a fifth of `steps`.
+    decay_steps: int | None = None
+    #: Learning rate at the end, as a fraction of the peak.
+    final_learning_rate: float = 0.1
+    #: Arithmetic of the forward and backward passes; states, gates and master weights stay in float32.
+    precision: Literal["float32", "bfloat16"] = "float32"
+    #: Recompute a block's activations in the backward pass to save memory.
+    activation_checkpointing: bool = False
+    #: Steps from one logged record to the next.
+    log_every: int = 10
+    #: Steps from one held-out evaluation to the next; 0: only at the end.
+    evaluate_every: int = 200
+    #: Failures of workers after which training starts again before it gives up.
+    max_failures: int = 0
+
+    def __post_init__(self) -> None:
+        _need("training", self, "at least 1", _whole, "steps", "batch_tokens", "micro_batch", "workers", "log_every")
+        _need("training", self, "at least 1 (or null)", _whole, "decay_steps")
+        counts = ("warmup_steps", "evaluate_every", "max_failures")
+        _need("training", self, "at least 0", lambda value: value >= 0, *counts)
+        _need("training", self, "0, 1, 2 or 3", lambda value: 0 <= value <= 3, "zero_stage")
+        _need("training", self, "a finite value above 0", _positive, "learning_rate")
+        _need("training", self, "a finite value of at least 0", lambda v: 0 <= v < math.inf, "weight_decay", "clip")
+        _need("training", self, "a fraction from 0 to 1", _fraction, "final_learning_rate")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"training.betas: got {list(self.betas)}, needs two values from 0 to below 1")
+
+
+@dataclass
+class EvaluationConfig:
+    """How much held-out text an evaluation reads."""
+
+    #: Tokens of an evaluation during training.
+    tokens: int = 16384
+    #: Most tokens of the evaluation at the end.
+    final_tokens: int = 262144
+
+    def __post_init__(self) -> None:
+        _need("evaluation", self, "at least 1", _whole, "tokens", "final_tokens")
+
+
+@dataclass
+class JobConfig:
+    """A whole job. Making one names its levels and hands their widths to the model (`model.level_widths`)."""
+
+    #: Seed of the initialisation and of the order of the data.
+    seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    #: The configuration class that `nestling.models.config.MODEL_CONFIGS` holds under `model.name`.
+    model: SkeletonConfig = field(default_factory=HopeConfig)
+    #: Levels, fastest first; parameters outside every level move at every step.
+    levels: list[LevelConfig] = field(default_factory=list)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed: got {self.seed}, needs a whole number from 0 to {2**32 - 1}")
+        self._check_levels()
+        self._check_batch()
+        if isinstance(self.model, HopeConfig):
+            self.model.level_widths = [level.width for level in self.levels if level.width is not None]
+
+    def _check_levels(self) -> None:
+        places: dict[str, int] = {}
+        for place, level in enumerate(self.levels):
+            level.check(f"levels.{place}")
+            level.name = level.name or f"level{place + 1}"
+            if level.name in places:
+                raise ValueError(
+                    f"levels.{place}.name: {level.name!r} is the name of levels.{places[level.name]} too; "
+                    "give each level a name of its own"
+                )
+            places[level.name] = place
+
+    def _check_batch(self) -> None:
+        training, length = self.training, self.data.sequence_length
+        unit = length * training.workers * (training.micro_batch or 1)
+        if training.batch_tokens % unit == 0:
+            return
+        micro = f" x training.micro_batch={training.micro_batch}" if training.micro_batch else ""
+        below = training.batch_tokens // unit * unit
+        works = f"{below} or {below + unit}" if below else f"{unit}"
+        raise ValueError(
+            f"training.batch_tokens: got {training.batch_tokens}, needs a multiple of {unit} "
+            f"(data.sequence_length={length} x training.workers={training.workers}{micro}), "
+            f"so that every worker gets whole sequences; nearest: {works}"
+        )

@@ -1,0 +1,59 @@
+"""The way to MLflow: which address, and a client that is quiet and gives up soon.
+
+MLflow retries a failing request for minutes, prints database migrations and reports its use to its makers. A training
+run wants none of that: requests end within seconds (our own sender tries again later), only warnings are printed, and
+nobody but the tracking server is called. Each of these is an environment variable of MLflow's that a user can set.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_DEFAULTS = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class TrackingError(RuntimeError):
+    """MLflow cannot be used as configured; the message is complete and ready to print."""
+
+
+def resolve_uri(uri: str | None, runs_dir: str | Path) -> str:
+    """The tracking URI of a run.
+
+    Args:
+        uri: `tracking.uri` of the configuration; None leaves it to MLFLOW_TRACKING_URI and then to our own database.
+        runs_dir: where runs are kept; the default database is `mlflow.db` in it.
+
+    Returns:
+        A URI that means the same in every process: a relative sqlite path is made absolute, because Ray's workers
+        run in a folder of their own.
+    """
+    chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not chosen:
+        return f"sqlite:///{Path(runs_dir).expanduser().resolve() / 'mlflow.db'}"
+    relative = re.fullmatch(r"sqlite:///([^/:].*)", chosen)
+    return f"sqlite:///{Path(relative[1]).resolve()}" if relative else chosen
+
+
+def shown(text: str) -> str:
+    """A URI, or a message with URIs in it, as it may be printed: without passwords."""
+    return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
+
+
+def connect(uri: str) -> MlflowClient:
+    """A client for `uri`; nothing is sent yet, so an unreachable server shows only at the first request."""
+    for variable, value in _DEFAULTS.items():
+        os.environ.setdefault(variable, value)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)

@@ -1,0 +1,193 @@
+"""The folder of a run, and finding one again.
+
+A run is a folder `<run.dir>/<name>-<run_id>/` whose `run.json` says how it stands. The folder is the record that later
+verbs start from and needs no server: MLflow gets a copy. `run.json` is replaced as a whole on every change, so a reader
+never sees half of it; one process (the driver) writes it.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+LATEST = "latest"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run on disk.
+
+    Attributes:
+        path: the folder itself, absolute.
+        run_id: eight hexadecimal digits, unique in the runs folder.
+        name: what the job called the run; many runs may share it.
+    """
+
+    path: Path
+    run_id: str
+    name: str
+
+    @classmethod
+    def create(cls, runs_dir: str | Path, name: str) -> RunFolder:
+        """Make the folder of a new run, with the status `running`.
+
+        Raises:
+            ValueError: the name cannot be a part of a folder name.
+        """
+        if not _NAME.fullmatch(name) or name == LATEST:
+            raise ValueError(
+                f"run.name: got {name!r}, needs letters, digits, '.', '_' and '-', beginning with a letter or a digit"
+                f", and not {LATEST!r}; for example run.name=my-run"
+            )
+        root = Path(runs_dir).expanduser().resolve()
+        root.mkdir(parents=True, exist_ok=True)
+        run_id = secrets.token_hex(4)
+        while any(root.glob(f"*-{run_id}")):
+            run_id = secrets.token_hex(4)
+        folder = cls(root / f"{name}-{run_id}", run_id, name)
+        folder.path.mkdir()
+        folder.update(run_id=run_id, name=name, status="running", started=_now())
+        return folder
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """Take up an existing folder.
+
+        Raises:
+            LookupError: there is no readable `run.json` in it.
+        """
+        path = Path(path).expanduser().resolve()
+        try:
+            info = json.loads((path / "run.json").read_text(encoding="utf-8"))
+            return cls(path, info["run_id"], info["name"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LookupError(f"{path} is not the folder of a run: its run.json cannot be read ({error})") from error
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration, `config.yaml`."""
+        return self.path / "config.yaml"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object for each logged step, `log.jsonl`."""
+        return self.path / "log.jsonl"
+
+    @property
+    def ray_log(self) -> Path:
+        """What Ray and DeepSpeed print, `ray.log`."""
+        return self.path / "ray.log"
+
+    @property
+    def weights(self) -> Path:
+        """The final weights, `model.safetensors`."""
+        return self.path / "model.safetensors"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer the model was trained with, `tokenizer.json`."""
+        return self.path / "tokenizer.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The last evaluation's figures, `evaluation.json`."""
+        return self.path / "evaluation.json"
+
+    @property
+    def figure(self) -> Path:
+        """The curves of the run, `loss.png`."""
+        return self.path / "loss.png"
+
+    def info(self) -> dict[str, Any]:
+        """How the run stands: the content of `run.json`."""
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+
+    def update(self, **fields: Any) -> None:
+        """Merge `fields` into `run.json`; a status other than `running` also sets `finished` to the present time."""
+        target = self.path / "run.json"
+        info = self.info() if target.exists() else {}
+        if fields.get("status", "running") != "running":
+            info["finished"] = _now()
+        info.update(fields)
+        draft = target.with_suffix(".json.tmp")
+        with draft.open("w", encoding="utf-8") as file:
+            json.dump(info, file, indent=2)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(target)
+
+    def records(self) -> list[dict[str, float]]:
+        """The records of `log.jsonl` in the order of their steps; a last line still being written is left out."""
+        if not self.log.exists():
+            return []
+        lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def list_runs(runs_dir: str | Path) -> list[RunFolder]:
+    """Every run in the runs folder, the newest last; none where the folder does not exist."""
+    found: list[tuple[str, RunFolder]] = []
+    for path in Path(runs_dir).expanduser().glob("*/run.json"):
+        try:
+            folder = RunFolder.open(path.parent)
+        except LookupError:
+            continue
+        found.append((str(folder.info().get("started", "")), folder))
+    return [folder for _, folder in sorted(found, key=lambda pair: (pair[0], pair[1].path.name))]
+
+
+def find_run(runs_dir: str | Path, reference: str) -> RunFolder:
+    """The run that `reference` means.
+
+    Args:
+        runs_dir: where runs are kept.
+        reference: a run id, `latest`, a run's name (the newest of that name) or a unique beginning of a run id;
+            tried in this order.
+
+    Raises:
+        LookupError: no run or more than one fits; the message names the candidates.
+    """
+    runs = list_runs(runs_dir)
+    if not runs:
+        raise LookupError(
+            f"there are no runs in {Path(runs_dir).expanduser().resolve()}; train one first (nestling train "
+            "jobs/quickstart.yaml) or say where they are kept with run.dir=FOLDER or NESTLING_RUNS"
+        )
+    if reference == LATEST:
+        return runs[-1]
+    for fits in (
+        [run for run in runs if run.run_id == reference],
+        [run for run in runs if run.name == reference],
+    ):
+        if fits:
+            return fits[-1]
+    fits = [run for run in runs if reference and run.run_id.startswith(reference)]
+    if len(fits) == 1:
+        return fits[0]
+    if fits:
+        raise LookupError(f"{reference!r} is the beginning of {len(fits)} run ids: {_described(fits)}; give more of it")
+    known = [run.run_id for run in runs] + [run.name for run in runs]
+    near = difflib.get_close_matches(reference, dict.fromkeys(reversed(known)), n=3, cutoff=0.5)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise LookupError(
+        f"no run {reference!r} in {Path(runs_dir).expanduser().resolve()}: {hint}"
+        f"the newest are {_described(runs[-5:])}; give an id, a unique beginning of one, a name or {LATEST!r}"
+    )
+
+
+def _described(runs: Iterable[RunFolder]) -> str:
+    return ", ".join(f"{run.run_id} ({run.name})" for run in runs)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")

@@ -1,0 +1,22 @@
+"""What all tests share: quiet threads and one small Ray."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+# Both must be set before torch or Ray are imported, here and in the processes that Ray starts.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """A Ray of its own with room for two workers for the whole test session, never one that happens to run on this machine."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False)
+    yield
+    ray.shutdown()

@@ -1,0 +1,102 @@
+"""`train`, `evaluate` and `generate` as a person runs them, on a model that trains in seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TINY = [
+    *("training.workers=1", "training.zero_stage=0", "training.batch_tokens=128", "training.log_every=1"),
+    *("data.sequence_length=64", "model.width=32", "model.heads=1", "levels=[{width: 32, period: 2}]"),
+    *("evaluation.tokens=128", "evaluation.final_tokens=256"),
+]
+
+pytestmark = pytest.mark.slow
+
+
+def command(runs: Path, *arguments: str) -> dict[str, Any]:
+    """Arguments of subprocess.run and subprocess.Popen."""
+    environment = dict(os.environ) | {"NESTLING_RUNS": str(runs)}
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return {"args": [sys.executable, "-m", "nestling.jobs.app", *arguments], "env": environment, "cwd": ROOT, **pipes}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def trained(runs: Path) -> dict[str, Any]:
+    """What `train --json` said about a run that finished."""
+    ended = subprocess.run(**command(runs, "train", "quickstart", *TINY, "training.steps=4", "--json"))
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("\n") == 1
+    lines = ended.stderr.splitlines()
+    assert lines[0].endswith("ray.log") and lines[1] == "starting Ray, preparing data"
+    assert all(line.startswith("step ") for line in lines[2:])
+    return json.loads(ended.stdout)
+
+
+def test_train(trained: dict[str, Any]) -> None:
+    known = {"run_id", "status", "steps", "tokens", "train_loss", "heldout_bits_per_byte", "unigram_bits_per_byte"}
+    assert trained.keys() == known | {"tokens_per_second", "checkpoint", "run_dir", "tracking_uri"}
+    assert (trained["status"], trained["steps"], trained["tokens"]) == ("finished", 4, 512)
+    assert (Path(trained["run_dir"]) / "ray.log").stat().st_size > 0
+
+
+def test_evaluate(runs: Path, trained: dict[str, Any]) -> None:
+    ended = subprocess.run(**command(runs, "evaluate", trained["run_id"], "--json"))
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads(ended.stdout)
+    assert found["run_id"] == trained["run_id"]
+    assert found["heldout_bits_per_byte"] == pytest.approx(trained["heldout_bits_per_byte"], rel=1e-4)
+    assert found["unigram_bits_per_byte"] == trained["unigram_bits_per_byte"]
+    assert found.keys() >= {"heldout_loss", "tokens"}
+
+
+def test_generate(runs: Path, trained: dict[str, Any]) -> None:
+    arguments = ("generate", "latest", "--prompt", "The ", "--max-tokens", "12", "--seed", "3")
+    found = json.loads(subprocess.run(**command(runs, *arguments, "--json")).stdout)
+    assert found.keys() == {"run_id", "text", "tokens", "tokens_per_second"}
+    assert found["run_id"] == trained["run_id"] and 0 < found["tokens"] <= 12
+    assert json.loads(subprocess.run(**command(runs, *arguments, "--json")).stdout)["text"] == found["text"]
+    ended = subprocess.run(**command(runs, *arguments))
+    assert ended.returncode == 0
+    assert len(ended.stdout) == len(found["text"]) + 1  # control characters are shown as pictures
+
+
+def test_a_training_that_fails_says_why_and_where_the_log_is(runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("too little\n")
+    ended = subprocess.run(**command(runs, "train", "quickstart", f"data.source={tmp_path}/text", "--json"))
+    assert ended.returncode == 1
+    assert "Traceback" not in ended.stderr
+    found = json.loads(ended.stdout)
+    log = Path(found["run_dir"]) / "ray.log"
+    assert found["status"] == "failed" and str(log) in ended.stderr
+    assert found["error"] in ended.stderr
+    assert "Traceback" in log.read_text()
+
+
+def test_a_training_that_is_interrupted(runs: Path) -> None:
+    arguments = ("train", "quickstart", *TINY, "run.name=long", "training.steps=100000", "--json")
+    with subprocess.Popen(**command(runs, *arguments)) as process:
+        try:
+            assert process.stderr is not None
+            assert any(line.startswith("step ") for line in process.stderr)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130, err
+    assert "interrupted" in err and "Traceback" not in err
+    assert json.loads(out)["status"] == "interrupted"

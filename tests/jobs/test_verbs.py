@@ -1,0 +1,225 @@
+"""The verbs as programs call them: exit codes, JSON keys, and what is told to a person."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from nestling.config import from_yaml, load, to_mapping
+from nestling.jobs.app import app
+from nestling.tracking import RunFolder, start
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _in_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("NESTLING_RUNS", str(tmp_path / "runs"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    """A finished run made by hand."""
+    folder = RunFolder.create(tmp_path / "runs", "small")
+    folder.weights.write_bytes(b"weights")
+    folder.config.write_text("seed: 0\n")
+    folder.tokenizer.write_text("{}")
+    folder.update(status="finished", steps=1000, tokens=512000, heldout_bits_per_byte=2.345)
+    return folder
+
+
+def nestling(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+def result(ended: Result) -> dict[str, Any]:
+    lines = ended.stdout.splitlines()
+    assert len(lines) == 1, ended.output
+    return json.loads(lines[0])
+
+
+def test_light_verbs_import_nothing_heavy() -> None:
+    code = "import sys\nfrom nestling.jobs.app import app\n"
+    code += "for arguments in (['--help'], ['config', 'quickstart'], ['runs']):\n"
+    code += "    try: app(arguments)\n    except SystemExit as end: assert not end.code\n"
+    code += "print([name for name in ('torch', 'ray', 'mlflow', 'deepspeed', 'matplotlib') if name in sys.modules])"
+    ended = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert ended.stdout.splitlines()[-1] == "[]"
+
+
+def test_config(tmp_path: Path) -> None:
+    job = load("quickstart", ["training.steps=7"])
+    ended = nestling("config", "quickstart", "training.steps=7", "--json")
+    assert (ended.exit_code, result(ended)) == (0, to_mapping(job))
+    assert from_yaml(nestling("config", "quickstart", "training.steps=7").stdout) == job
+
+
+@pytest.mark.parametrize("verb", ["config", "train"])
+def test_a_wrong_configuration_starts_nothing(verb: str, tmp_path: Path) -> None:
+    ended = nestling(verb, "quickstart", "training.stepz=7", "--json")
+    assert ended.exit_code == 2
+    assert ended.stderr == "training.stepz: unknown key; the nearest known one is training.steps\n"
+    assert "training.stepz" in result(ended)["error"]
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_runs_folder_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = nestling("train", "quickstart", f"run.dir={tmp_path}/file/runs")
+    assert ended.exit_code == 2
+    assert "run.dir: cannot make a run in" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("train",),
+        ("nosuchverb",),
+        ("generate", "latest"),
+        ("export", "latest"),
+        ("export", "latest", "--out", "x", "--format", "pickle"),
+        ("runs", "training.steps=3"),
+        ("evaluate", "latest", "training.steps=3"),
+        ("doctor", "run.dri=x"),
+    ],
+)
+def test_wrong_usage(arguments: tuple[str, ...]) -> None:
+    ended = nestling(*arguments)
+    assert ended.exit_code == 2
+    assert ended.stdout == "" and ended.stderr
+
+
+def test_runs(run: RunFolder, tmp_path: Path) -> None:
+    other = RunFolder.create(tmp_path / "runs", "other")
+    known: dict[str, Any] = {"run_id": run.run_id, "name": "small", "status": "finished"}
+    known |= {"steps": 1000, "tokens": 512000, "heldout_bits_per_byte": 2.345}
+    unknown: dict[str, Any] = {"run_id": other.run_id, "name": "other", "status": "running"}
+    unknown |= {"steps": None, "tokens": None, "heldout_bits_per_byte": None}
+    assert result(nestling("runs", "--json")) == {"runs": [known, unknown]}
+    assert result(nestling("runs", f"run.dir={tmp_path}/runs", "--json"))["runs"][0] == known
+    assert result(nestling("runs", f"run.dir={tmp_path}/none", "--json")) == {"runs": []}
+    table = nestling("runs").stdout
+    assert run.run_id in table and "512,000" in table and "2.345" in table
+
+
+def test_export(run: RunFolder, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    ended = nestling("export", run.run_id, "--out", str(out), "--json")
+    assert ended.exit_code == 0, ended.stderr
+    files = ["model.safetensors", "config.yaml", "tokenizer.json"]
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    assert result(ended) == {"run_id": run.run_id, "step": 1000, "files": files, "sha256": sha256}
+    assert sorted(path.name for path in out.iterdir()) == sorted(files)
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+
+    again = nestling("export", "latest", "--out", str(out), "--json")
+    assert again.exit_code == 2
+    assert "exists and is not an empty folder" in again.stderr
+
+
+def test_export_leaves_nothing_behind_when_it_fails(run: RunFolder, tmp_path: Path) -> None:
+    run.tokenizer.unlink()
+    ended = nestling("export", "small", "--out", str(tmp_path / "out"))
+    assert ended.exit_code == 1
+    assert "tokenizer.json" in ended.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+def test_export_to_hf_is_refused_in_a_sentence(run: RunFolder, tmp_path: Path) -> None:
+    ended = nestling("export", "latest", "--out", str(tmp_path / "out"), "--format", "hf", "--json")
+    assert ended.exit_code == 2
+    assert "--format hf: not available for these models yet; use --format safetensors" in ended.stderr
+    assert result(ended)["sha256"] is None
+
+
+@pytest.mark.parametrize("verb", [("evaluate",), ("generate", "--prompt", "x"), ("export", "--out", "out")])
+def test_runs_that_cannot_be_used(verb: tuple[str, ...], tmp_path: Path) -> None:
+    name, *options = verb
+    ended = nestling(name, "latest", *options)
+    assert ended.exit_code == 2
+    assert "there are no runs in" in ended.stderr
+    RunFolder.create(tmp_path / "runs", "small")
+    ended = nestling(name, "small", *options, "--json")
+    assert ended.exit_code == 2
+    assert "has no final weights" in ended.stderr and "model.safetensors is missing" in ended.stderr
+    ended = nestling(name, "smal", *options)
+    assert ended.exit_code == 2
+    assert "did you mean small?" in ended.stderr
+
+
+def test_evaluate_names_a_missing_source(run: RunFolder, tmp_path: Path) -> None:
+    ended = nestling("evaluate", "latest", "--data", str(tmp_path / "none"), "--json")
+    assert ended.exit_code == 2
+    assert f"--data: {tmp_path}/none does not exist" in ended.stderr
+    assert result(ended)["heldout_loss"] is None
+
+
+def test_ui_without_anything_to_show() -> None:
+    ended = nestling("ui")
+    assert ended.exit_code == 2
+    assert "mlflow.db does not exist: nothing is tracked there yet" in ended.stderr
+
+
+def test_ui_of_a_tracking_server() -> None:
+    uri = "http://tracking.example:5000"
+    assert result(nestling("ui", f"tracking.uri={uri}", "--json")) == {"address": uri, "tracking_uri": uri}
+
+
+@pytest.mark.slow
+def test_ui_serves_mlflow_until_it_is_interrupted(run: RunFolder) -> None:
+    start({"seed": 0}, run, None, "nestling")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "nestling.jobs.app", "ui", "--port", str(port), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as served:
+        try:
+            assert "MLflow" in _page(f"http://127.0.0.1:{port}/")
+        finally:
+            served.send_signal(signal.SIGINT)
+        out, _ = served.communicate(timeout=30)
+    assert served.returncode == 0
+    uri = f"sqlite:///{run.path.parent}/mlflow.db"
+    assert json.loads(out) == {"address": f"http://127.0.0.1:{port}", "tracking_uri": uri}
+
+
+def _page(address: str) -> str:
+    for _ in range(120):
+        try:
+            with urllib.request.urlopen(address) as page:
+                return page.read().decode()
+        except OSError:
+            time.sleep(0.5)
+    raise TimeoutError(address)
+
+
+def test_doctor(tmp_path: Path) -> None:
+    ended = nestling("doctor", "--json")
+    found = result(ended)
+    assert ended.exit_code == (0 if found["ok"] else 1)
+    checks = {check["name"]: check for check in found["checks"]}
+    assert checks.keys() >= {"python", "cpu", "memory", "gpu", "memory backend", "c++ compiler", "disk", "runs folder"}
+    assert all(check.keys() == {"name", "ok", "detail", "fix"} for check in found["checks"])
+    assert found["ok"] is all(check["ok"] for check in found["checks"])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_says_what_to_fix(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    ended = nestling("doctor", f"run.dir={tmp_path}/file", "--json")
+    assert ended.exit_code == 1
+    check = result(ended)["checks"][-1]
+    assert check["ok"] is False
+    assert "cannot be written" in check["detail"] and "choose another folder with run.dir=DIR" in check["fix"]

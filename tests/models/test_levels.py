@@ -1,0 +1,123 @@
+"""Levels: each group moves at its own period, sums its gradients in between, and is byte-equal until then."""
+
+from copy import deepcopy as copy_of
+
+import pytest
+import torch
+from nestling.optim import Levels
+from nestling.optim.levels import due
+
+
+def parameters(*shapes):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+
+
+def gradients(steps, shape):
+    return torch.randn(steps, *shape, generator=torch.Generator().manual_seed(1))
+
+
+def run(optimizer, parameter, grads):
+    """Step through the gradients; returns the parameter after each step."""
+    history = []
+    for grad in grads:
+        parameter.grad = grad.clone()
+        optimizer.step()
+        history.append(parameter.detach().clone())
+    return history
+
+
+@pytest.mark.parametrize("period", [1, 3, 4, 100])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_level_moves_once_a_period(period, optimizer):
+    (parameter,) = parameters((4, 3))
+    start = parameter.detach().clone()
+    levels = Levels([{"params": [parameter], "name": "slow", "period": period, "optimizer": optimizer}], lr=0.1)
+    history = [start, *run(levels, parameter, gradients(17, (4, 3)))]
+    moved = [step for step in range(1, 18) if not torch.equal(history[step], history[step - 1])]
+    assert moved == [step for step in range(1, 18) if step % period == 0]
+    assert levels.updates == {"slow": 17 // period}
+
+
+def test_sgd_takes_the_sum_of_the_period():
+    (parameter,) = parameters((3,))
+    start, grads = parameter.detach().clone(), gradients(4, (3,))
+    levels = Levels([{"params": [parameter], "period": 4, "optimizer": "sgd"}], lr=0.1)
+    end = run(levels, parameter, grads)[-1]
+    torch.testing.assert_close(end, start - 0.1 * grads.sum(0))  # Eq. 71
+
+
+def test_adamw_is_torchs():
+    ours, theirs = parameters((5, 2)) + parameters((5, 2))
+    settings = {"lr": 0.01, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1}
+    a, b = Levels([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    for grad in gradients(25, (5, 2)):
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def test_adamw_on_a_slow_level_sees_summed_gradients():
+    slow, fast = parameters((6,)) + parameters((6,))
+    grads = gradients(12, (6,))
+    run(Levels([{"params": [slow], "period": 3}], lr=0.01), slow, grads)
+    run(Levels([fast], lr=0.01), fast, grads.view(4, 3, 6).sum(1))
+    torch.testing.assert_close(slow, fast)
+
+
+def test_sgd_momentum_is_torchs():
+    ours, theirs = parameters((5,)) + parameters((5,))
+    a = Levels([ours], lr=0.1, optimizer="sgd", momentum=0.9)
+    b = torch.optim.SGD([theirs], lr=0.1, momentum=0.9)
+    for grad in gradients(10, (5,)):
+        ours.grad, theirs.grad = grad.clone(), grad.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(("period", "tokens_per_step"), [(1000, 300), (600, 300), (100, 300), (299, 100)])
+def test_periods_in_tokens(period, tokens_per_step):
+    moves = [step for step in range(1, 50) if due(step, period, "tokens", tokens_per_step)]
+    borders = {-(-multiple // tokens_per_step) for multiple in range(period, 49 * tokens_per_step + 1, period)}
+    assert moves == sorted(borders)
+
+
+def test_the_half_filled_accumulator_is_state():
+    (parameter,), (copy,) = parameters((4,)), parameters((4,))
+    grads = gradients(6, (4,))
+    groups = {"name": "slow", "period": 4}
+    first = Levels([{"params": [parameter], **groups}], lr=0.1)
+    run(first, parameter, grads[:2])
+    second = Levels([{"params": [copy], **groups}], lr=0.1)
+    second.load_state_dict(copy_of(first.state_dict()))
+    assert torch.equal(run(first, parameter, grads[2:])[-1], run(second, copy, grads[2:])[-1])
+
+
+def test_update_norms_are_what_moved():
+    fast, slow = parameters((4,), (3,))
+    levels = Levels([{"params": [fast], "name": "fast"}, {"params": [slow], "name": "slow", "period": 2}], lr=0.1)
+    start = fast.detach().clone()
+    fast.grad, slow.grad = torch.ones(4), torch.ones(3)
+    levels.step()
+    norms = levels.pop_update_norms()
+    assert set(norms) == {"fast"}
+    torch.testing.assert_close(norms["fast"].sqrt(), (fast.detach() - start).norm())
+    assert levels.pop_update_norms() == {}
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"period": 0}, "period of level 'slow': got 0, needs an integer of at least 1"),
+        ({"unit": "hours"}, "needs one of steps, tokens"),
+        ({"unit": "tokens"}, "needs the tokens of one step"),
+        ({"optimizer": "adam"}, "needs one of adamw, sgd"),
+        ({"lr": -1.0}, "lr of level 'slow': got -1.0, needs a number of at least 0"),
+        ({"betas": (0.9, 1.0)}, r"needs two numbers in \[0, 1\)"),
+    ],
+)
+def test_wrong_settings_are_named(setting, message):
+    with pytest.raises(ValueError, match=message):
+        Levels([{"params": parameters((2,)), "name": "slow", **setting}])

@@ -1,0 +1,172 @@
+"""Prepared corpora: what they hold, what is held out, that they are found again, and what is said when they fail."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from nestling.data import Corpus, DataError, Tokens, open_source, prepare
+from nestling.data.corpus import BUCKETS, bucket
+
+
+@dataclass
+class Settings:
+    source: str
+    tokenizer: str = "bytes"
+    separator: str | None = None
+    heldout_percent: float = 20.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short files, some of them equal, and one that is cut into many documents."""
+    root = tmp_path_factory.mktemp("texts")
+    for number in range(40):
+        (root / f"{number:02}.txt").write_text(f"Text number {number % 30}: " + "häß " * (number % 30))
+    (root / "long.txt").write_text("".join(f"Paragraph {number}.\n\n" for number in range(5000)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def corpus(ray_local: None, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return prepare(Settings(str(folder)), tmp_path_factory.mktemp("cache"))
+
+
+def texts_of(corpus: Corpus, side: Tokens) -> list[str]:
+    """Cut the tokens at the separators."""
+    assert side.tokens[-1] == corpus.tokenizer.separator
+    ends = np.flatnonzero(side.tokens == corpus.tokenizer.separator)
+    starts = [0, *(ends[:-1] + 1)]
+    return [corpus.tokenizer.decode(side.tokens[start:end]) for start, end in zip(starts, ends, strict=True)]
+
+
+def test_every_document_is_there_once_in_order_with_a_separator_after_it(corpus: Corpus, folder: Path) -> None:
+    source = open_source(str(folder))
+    documents = [text for part in source.parts for _, text in source.read(part)]
+    heldout = [text for text in documents if bucket(text) < 0.2 * BUCKETS]
+    assert texts_of(corpus, corpus.heldout) == heldout
+    assert texts_of(corpus, corpus.train) == [text for text in documents if bucket(text) >= 0.2 * BUCKETS]
+    assert (corpus.train.documents, corpus.heldout.documents) == (len(documents) - len(heldout), len(heldout))
+
+
+def test_what_is_held_out_is_never_trained_on(corpus: Corpus) -> None:
+    train, heldout = texts_of(corpus, corpus.train), texts_of(corpus, corpus.heldout)
+    assert len(train) > len(set(train))  # the source does hold equal documents
+    assert heldout and not set(train) & set(heldout)
+
+
+def test_the_manifest_tells_the_truth(corpus: Corpus) -> None:
+    manifest = json.loads((corpus.folder / "manifest.json").read_text())
+    for name, side in (("train", corpus.train), ("heldout", corpus.heldout)):
+        raw = "".join(texts_of(corpus, side)).encode()
+        shares = [count / len(raw) for count in Counter(raw).values()]
+        assert side.bytes == len(raw)
+        assert side.unigram_bits_per_byte == pytest.approx(-sum(share * math.log2(share) for share in shares))
+        assert manifest[name]["sha256"] == hashlib.sha256(side.tokens.tobytes()).hexdigest()
+        assert isinstance(side.tokens, np.memmap) and side.tokens.dtype == np.uint16 and not side.tokens.flags.writeable
+
+
+def test_bits_per_byte(corpus: Corpus) -> None:
+    side = corpus.heldout
+    whole_text = 3.0 * side.bytes * math.log(2)  # nats, if each byte costs three bits
+    assert corpus.bits_per_byte(whole_text / len(side.tokens)) == pytest.approx(3.0)
+    assert corpus.bits_per_byte(1.0, "train") != corpus.bits_per_byte(1.0, "heldout")
+
+
+def test_a_second_prepare_does_not_touch_ray(corpus: Corpus, folder: Path) -> None:
+    code = f"""
+        import sys, time
+        from types import SimpleNamespace
+        from nestling.data import prepare
+        start = time.perf_counter()
+        settings = SimpleNamespace(source={str(folder)!r}, tokenizer="bytes", separator=None, heldout_percent=20.0)
+        corpus = prepare(settings, {str(corpus.folder.parent)!r})
+        assert str(corpus.folder) == {str(corpus.folder)!r}, corpus.folder
+        assert "ray" not in sys.modules
+        assert time.perf_counter() - start < 1
+    """
+    result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in corpus.folder.parent.iterdir()] == [corpus.folder.name]
+
+
+def test_other_settings_make_another_corpus(corpus: Corpus, folder: Path) -> None:
+    other = prepare(Settings(str(folder), heldout_percent=50), corpus.folder.parent)
+    assert other.folder != corpus.folder
+    assert other.heldout.documents > corpus.heldout.documents
+    assert set(texts_of(corpus, corpus.heldout)) < set(texts_of(other, other.heldout))
+
+
+def test_a_tokenizer_file(ray_local: None, folder: Path, tmp_path: Path) -> None:
+    library = tokenizers.Tokenizer(models.WordLevel({"?": 0, "[END]": 70_000, "Text": 2, "number": 3}, unk_token="?"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    library.save(str(tmp_path / "tokenizer.json"))
+    settings = Settings(str(folder), str(tmp_path / "tokenizer.json"), "[END]")
+    corpus = prepare(settings, tmp_path / "cache")
+    assert corpus.train.tokens.dtype == np.int32
+    assert np.count_nonzero(corpus.train.tokens == 70_000) == corpus.train.documents
+    (tmp_path / "tokenizer.json").unlink()
+    assert Corpus.open(corpus.folder).tokenizer.separator == 70_000
+
+
+def test_of_a_few_documents_the_lowest_hash_is_held_out(ray_local: None, tmp_path: Path) -> None:
+    names = ["one", "two", "three"]
+    for name in names:
+        (tmp_path / f"{name}.txt").write_text(name)
+    ordered = sorted(names, key=bucket)
+    corpus = prepare(Settings(str(tmp_path), heldout_percent=0.01), tmp_path / ".cache")
+    assert texts_of(corpus, corpus.heldout) == ordered[:1]
+    corpus = prepare(Settings(str(tmp_path), heldout_percent=99.99), tmp_path / ".cache")
+    assert texts_of(corpus, corpus.train) == ordered[-1:]
+
+
+def test_errors_leave_nothing_behind(ray_local: None, folder: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    (tmp_path / "single.txt").write_text("short")
+    with pytest.raises(
+        DataError, match=r"single\.txt is a single document of 5 bytes, so nothing can be held out; give more text"
+    ):
+        prepare(Settings(str(tmp_path / "single.txt")), cache)
+    (tmp_path / "blank.txt").write_text(" \n\n ")
+    with pytest.raises(DataError, match=r"blank\.txt holds no text, only white space"):
+        prepare(Settings(str(tmp_path / "blank.txt")), cache)
+    (tmp_path / "mixed").mkdir()
+    (tmp_path / "mixed" / "good.txt").write_text("good")
+    (tmp_path / "mixed" / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    with pytest.raises(DataError) as caught:
+        prepare(Settings(str(tmp_path / "mixed")), cache)
+    assert str(caught.value).startswith(
+        f"data.source: {tmp_path}/mixed/latin.txt: byte 2 (0xef) is not UTF-8; convert the file"
+    )
+    assert "\n" not in str(caught.value)
+    with pytest.raises(DataError, match=r"data\.tokenizer: there is no file"):
+        prepare(replace(Settings(str(folder)), tokenizer="none.json"), cache)
+    assert list(cache.iterdir()) == []
+
+
+def test_a_damaged_corpus_is_named(corpus: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not hold a prepared corpus .*; delete it and start again"):
+        Corpus.open(tmp_path)
+    damaged = shutil.copytree(corpus.folder, tmp_path / "damaged")
+    os.truncate(damaged / "train.npy", 4096)
+    with pytest.raises(DataError, match="damaged does not hold a prepared corpus"):
+        Corpus.open(damaged)
+
+
+def test_the_byte_tokenizer_has_its_own_separator(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="data.separator: got '<s>', but the byte tokenizer has a separator of its own"):
+        prepare(Settings(str(folder), separator="<s>"), tmp_path)

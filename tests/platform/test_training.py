@@ -1,0 +1,245 @@
+"""Training on real Ray workers: the same losses for every ZeRO stage and number of workers, levels that keep their
+periods under sharding, and what a run leaves behind."""
+
+import hashlib
+import json
+import math
+
+import mlflow
+import pytest
+import torch
+from nestling.checkpoint import CheckpointError, load_final
+from nestling.config import load
+from nestling.data import prepare
+from nestling.evaluation import evaluate
+from nestling.tracking import RunFolder
+from nestling.training import fit
+from nestling.training.run import TrainingError
+from nestling.training.schedule import rate_factor
+
+STEPS = 20
+TINY = [
+    "model.width=32",
+    "model.layers=1",
+    "model.heads=2",
+    "model.chunk_size=16",
+    "levels=[{width: 32, period: 1}, {width: 32, period: 3, optimizer: sgd, learning_rate: 0.05}]",
+    "data.sequence_length=32",
+    "training.batch_tokens=256",
+    f"training.steps={STEPS}",
+    "training.log_every=1",
+    "training.evaluate_every=10",
+    "evaluation.tokens=512",
+    "evaluation.final_tokens=2048",
+]
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """A small folder of text: some of the English that comes with Python."""
+    import pydoc_data.topics
+
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def job(texts, tmp_path_factory):
+    runs = tmp_path_factory.mktemp("runs")
+    return lambda *overrides: load(
+        "jobs/quickstart.yaml", [*TINY, f"data.source={texts}", f"run.dir={runs}", *overrides]
+    )
+
+
+def probe(settings):
+    """A worker: trains one job after another, a ZeRO stage each, and looks at every weight after every step."""
+    import ray.train
+    from nestling.config import from_yaml
+    from nestling.data import Corpus
+    from nestling.training.engine import full_weights
+    from nestling.training.worker import Training
+
+    torch.set_num_threads(1)
+    context = ray.train.get_context()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    results = {}
+    for label, job in settings["jobs"].items():
+        training = Training(
+            from_yaml(job), Corpus.open(settings["corpus"]), torch.device("cpu"), rank, world, tracker=None
+        )
+        losses, hashes, norms = [], [], []
+        for step in range(1, STEPS + 1):
+            losses.append(training.step(step))
+            record = training.record(step, losses[-1])
+            norms.append(record["train/gradient_norm"])
+            weights = full_weights(training.engine, keep=True)
+            hashes.append({name: hashlib.sha256(w.numpy().tobytes()).hexdigest() for name, w in weights.items()})
+        kept = sum(s["accumulator"].numel() for s in training.levels.state.values() if "accumulator" in s)
+        results[label] = {"losses": losses, "hashes": hashes, "norms": norms, "accumulated": kept, "last": record}
+    return results
+
+
+@pytest.fixture(scope="module")
+def probes(ray_local, job, tmp_path_factory):
+    """Losses, hashes and norms of every ZeRO stage on one and on two workers."""
+    from nestling.config import to_yaml
+    from nestling.training.run import _complete
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    corpus = prepare(job().data, job().run.dir + "/cache")
+
+    def run(workers):
+        plain = {f"zero{stage}": [f"training.zero_stage={stage}"] for stage in range(4)}
+        changed = {
+            "accumulated": ["training.micro_batch=2", "training.zero_stage=2"],
+            "checkpointed": ["training.activation_checkpointing=true", "training.zero_stage=3"],
+            "bfloat16": ["training.precision=bfloat16", "training.zero_stage=0"],
+            "bfloat16 zero2": ["training.precision=bfloat16", "training.zero_stage=2"],
+        }
+        jobs = plain | changed if workers == 2 else {"zero0": plain["zero0"], "zero3": plain["zero3"]}
+        settings = {
+            "corpus": str(corpus.folder),
+            "jobs": {
+                name: to_yaml(_complete(job(f"training.workers={workers}", *overrides), corpus))
+                for name, overrides in jobs.items()
+            },
+        }
+        trainer = TorchTrainer(
+            probe,
+            train_loop_config=settings,
+            scaling_config=ScalingConfig(num_workers=workers),
+            run_config=RunConfig(name="probe", storage_path=str(tmp_path_factory.mktemp("probe"))),
+        )
+        return trainer.fit().return_value
+
+    return {workers: run(workers) for workers in (1, 2)}
+
+
+def relative(losses, reference):
+    return max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
+
+
+def test_every_stage_and_number_of_workers_gives_the_same_losses(probes):
+    reference = probes[1]["zero0"]["losses"]
+    assert reference[-1] < reference[0] - 0.5  # it learns, so that equal losses say something
+    for workers, stages in probes.items():
+        for label, result in stages.items():
+            if "bfloat16" not in label:
+                assert relative(result["losses"], reference) < 1e-4, (workers, label)
+
+
+def test_bfloat16_trains_close_to_float32_and_alike_in_every_stage(probes):
+    reference = probes[2]["zero2"]["losses"]
+    assert relative(probes[2]["bfloat16 zero2"]["losses"], reference) < 0.02
+    assert probes[2]["bfloat16"]["losses"] == probes[2]["bfloat16 zero2"]["losses"]
+
+
+def test_gradient_norms_agree(probes):
+    reference = probes[1]["zero0"]["norms"]
+    assert max(reference) > 1  # so that clipping took part
+    for label in ("zero0", "zero1", "zero2", "zero3"):
+        assert relative(probes[2][label]["norms"], reference) < 1e-3, label
+
+
+@pytest.mark.parametrize("label", ["zero0", "zero1", "zero2", "zero3", "bfloat16"])
+def test_a_level_changes_once_a_period_under_sharding(probes, label):
+    hashes = probes[2][label]["hashes"]
+    slow = [name for name in hashes[0] if ".feed_forward.1." in name and "norm" not in name]
+    assert slow
+    for name in slow:
+        changes = [step for step in range(2, STEPS + 1) if hashes[step - 1][name] != hashes[step - 2][name]]
+        assert changes == [step for step in range(2, STEPS + 1) if step % 3 == 0], name
+    fast = [name for name in hashes[0] if ".feed_forward.0.into" in name]
+    for name in fast:
+        assert len({step[name] for step in hashes}) == STEPS
+    assert probes[2][label]["last"]["levels/level2/updates"] == STEPS // 3
+
+
+def test_accumulators_are_sharded(probes):
+    whole = probes[2]["zero0"]["accumulated"]
+    for label in ("zero1", "zero2", "zero3"):
+        assert probes[2][label]["accumulated"] <= whole / 2 + 64, label  # ZeRO pads its partitions
+
+
+@pytest.fixture(scope="module")
+def finished(ray_local, job):
+    """One whole run on two workers."""
+    config = job("training.workers=2", "training.zero_stage=2", "run.name=whole")
+    folder, seen = RunFolder.create(config.run.dir, config.run.name), []
+    return folder, fit(config, folder, seen.append), seen
+
+
+def test_a_run_leaves_a_model_that_evaluates_to_the_same_figures(finished):
+    folder, summary, _ = finished
+    during = json.loads(folder.evaluation.read_text())
+    after = evaluate(folder)
+    assert after["heldout_loss"] == pytest.approx(during["heldout_loss"], rel=1e-4)
+    assert after["heldout_bits_per_byte"] == pytest.approx(summary.heldout_bits_per_byte, rel=1e-4)
+    for key in ("writes_off_bits_per_byte", "second_copy_bits_per_byte", "eta", "alpha"):
+        assert after[key] == pytest.approx(during[key], rel=1e-3), key
+    assert after["writes_off_bits_per_byte"] != after["writes_on_bits_per_byte"]
+    assert len(after["bits_per_byte_by_position"]) == 8
+    assert summary.unigram_bits_per_byte == after["unigram_bits_per_byte"]
+
+
+def test_the_log_and_mlflow_hold_every_step_once(finished):
+    folder, summary, seen = finished
+    records = folder.records()
+    assert [record["step"] for record in records] == list(range(1, STEPS + 1)) == [r["step"] for r in seen]
+    client = mlflow.MlflowClient(summary.tracking_uri)
+    run_id = folder.info()["mlflow_run_id"]
+    history = client.get_metric_history(run_id, "train/loss")
+    assert sorted((m.step, m.value) for m in history) == [(r["step"], r["train/loss"]) for r in records]
+    run = client.get_run(run_id)
+    assert run.info.status == "FINISHED"
+    for key in (
+        "train/tokens",
+        "train/tokens_per_second",
+        "train/gradient_norm",
+        "heldout/bits_per_byte",
+        "heldout/loss",
+    ):
+        assert key in run.data.metrics
+    assert run.data.metrics["levels/level2/updates"] == STEPS // 3
+    for gate in ("eta", "alpha"):
+        assert 0 < run.data.metrics[f"memory/layer0/{gate}"] < 1
+    assert run.data.params["levels.1.period"] == "3"
+    assert {"config.yaml", "loss.png"} <= {file.path for file in client.list_artifacts(run_id)}
+    assert folder.info()["status"] == "finished"
+
+
+def test_the_model_comes_back(finished):
+    folder, _, _ = finished
+    model, tokenizer, config = load_final(folder)
+    assert config.model.vocab_size == tokenizer.vocab_size == 257
+    assert not model.training
+
+
+def test_an_unfinished_run_has_no_model(job):
+    folder = RunFolder.create(job().run.dir, "empty")
+    with pytest.raises(CheckpointError, match="has no weights: its status is 'running'"):
+        load_final(folder)
+
+
+def test_a_diverging_run_says_so(ray_local, job):
+    config = job("training.learning_rate=1e30", "training.clip=0", "run.name=diverges")
+    folder = RunFolder.create(config.run.dir, config.run.name)
+    with pytest.raises(TrainingError, match="training has diverged; lower training.learning_rate"):
+        fit(config, folder)
+    assert folder.info()["status"] == "failed"
+    assert "diverged" in folder.info()["error"]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+def test_schedules(job, schedule):
+    training = job(f"training.schedule={schedule}", "training.steps=100", "training.warmup_steps=10").training
+    factors = [rate_factor(step, training) for step in range(1, 101)]
+    assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert factors[-1] == pytest.approx(training.final_learning_rate)
+    assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
+    middle = {"cosine": 0.5 * (1 + math.cos(math.pi * 0.5)), "linear": 0.5, "wsd": 1.0}[schedule]
+    low = training.final_learning_rate
+    assert factors[54] == pytest.approx(middle if schedule == "wsd" else low + (1 - low) * middle)
