@@ -14,7 +14,7 @@ os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
-    """A Ray of its own with room for two workers for the whole test session, never one that happens to run on this machine."""
+    """One Ray for the whole test session, with room for two workers; never one that happens to run on this machine."""
     import ray
 
     ray.init(address="local", num_cpus=4, include_dashboard=False)

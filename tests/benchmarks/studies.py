@@ -3,9 +3,9 @@
     python tests/benchmarks/studies.py models     HOPE and the Transformer: same parameters, tokens and tuned rate
     python tests/benchmarks/studies.py memory     which initialisation and gates make the memory useful
 
-Every arm is `nestling train jobs/quickstart.yaml` on one worker with some keys changed; seeds are 0, 1, 2 (the same order
-of the data in every arm). The learning rate of the study `models` is chosen on seed 0. Writes docs/results/<study>.json,
-.md and .png. Takes about half an hour a study on two cores, two runs at a time.
+Every arm is `nestling train jobs/quickstart.yaml` on one worker with some keys changed; seeds are 0, 1, 2 (the same
+order of the data in every arm). The learning rate of the study `models` is chosen on seed 0. Writes
+docs/results/<study>.json, .md and .png. Two runs at a time.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+
 from nestling.config import load
 from nestling.models import build
 
@@ -66,7 +67,14 @@ def train(name: str, overrides: list[str], seed: int, runs: Path) -> dict:
     summary = json.loads(done.stdout.splitlines()[-1])
     evaluation = json.loads((Path(summary["run_dir"]) / "evaluation.json").read_text())
     print(f"{name}, seed {seed}: {summary['heldout_bits_per_byte']:.3f} bits per byte", flush=True)
-    return {"arm": name, "seed": seed, "parameters": parameters(overrides), **summary, **evaluation}
+    return {
+        "arm": name,
+        "seed": seed,
+        "parameters": parameters(overrides),
+        "trained_tokens": summary["tokens"],
+        **summary,
+        **evaluation,
+    }
 
 
 def run_all(arms: dict[str, list[str]], seeds: tuple[int, ...], runs: Path) -> list[dict]:
@@ -112,8 +120,8 @@ def table(results: list[dict], tuning: dict) -> str:
         "after another": "after_another_bits_per_byte",
     }
     lines = [
-        f"Bits per byte, mean of seeds {', '.join(map(str, SEEDS))} [lowest, highest]; the unigram entropy of the held-out text is "
-        f"{results[0]['unigram_bits_per_byte']:.3f}. Tokens: {results[0]['steps'] * 512:,} in training.",
+        f"Bits per byte, mean of seeds {', '.join(map(str, SEEDS))} [lowest, highest]; the unigram entropy of the "
+        f"held-out text is {results[0]['unigram_bits_per_byte']:.3f}. Tokens trained on: {results[0]['trained_tokens']:,}.",
         "",
         f"| arm | parameters | {' | '.join(columns)} |",
         "|---" * (2 + len(columns)) + "|",

@@ -4,6 +4,7 @@ from copy import deepcopy as copy_of
 
 import pytest
 import torch
+
 from nestling.optim import Levels
 from nestling.optim.levels import due
 

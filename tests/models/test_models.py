@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from nestling.memory import MEMORIES
 from nestling.models import HopeConfig, build
 from nestling.models.hope import mixers, retention_biases, set_chunk_size

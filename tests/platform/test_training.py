@@ -8,6 +8,7 @@ import math
 import mlflow
 import pytest
 import torch
+
 from nestling.checkpoint import CheckpointError, load_final
 from nestling.config import load
 from nestling.data import prepare
@@ -56,6 +57,7 @@ def job(texts, tmp_path_factory):
 def probe(settings):
     """A worker: trains one job after another, a ZeRO stage each, and looks at every weight after every step."""
     import ray.train
+
     from nestling.config import from_yaml
     from nestling.data import Corpus
     from nestling.training.engine import full_weights
@@ -84,10 +86,11 @@ def probe(settings):
 @pytest.fixture(scope="module")
 def probes(ray_local, job, tmp_path_factory):
     """Losses, hashes and norms of every ZeRO stage on one and on two workers."""
-    from nestling.config import to_yaml
-    from nestling.training.run import _complete
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
+
+    from nestling.config import to_yaml
+    from nestling.training.run import _complete
 
     corpus = prepare(job().data, job().run.dir + "/cache")
 

@@ -46,9 +46,11 @@ def train(job: Job, overrides: Overrides = None, as_json: AsJson = False) -> dic
 
 
 def _stop(folder: RunFolder, how: str, code: int) -> Stop:
-    info = folder.info() | {"run_dir": folder.path}
-    message = f"run {folder.run_id} {how}\nthe whole story: {folder.ray_log}"
-    return Stop(message, code, {key: info.get(key) for key in KEYS})
+    """The end of a run that did not finish; how far it came is in its log."""
+    last = (folder.records() or [{}])[-1]
+    reached = {"steps": last.get("step"), "tokens": last.get("train/tokens"), "train_loss": last.get("train/loss")}
+    info = {"run_dir": folder.path} | reached | folder.info()
+    return Stop(f"run {folder.run_id} {how}\nlog: {folder.ray_log}", code, {key: info.get(key) for key in KEYS})
 
 
 def _report(summary: dict[str, Any], folder: RunFolder, config: JobConfig) -> str:

@@ -79,7 +79,7 @@ class HopeConfig(SkeletonConfig):
     eta_bias: float = 0.0
     #: Added to the alpha memory's output before the sigmoid; None spreads it over the heads by `horizons`.
     alpha_bias: float | None = None
-    #: Shortest and longest retention horizon 1 / (1 - alpha) in tokens, spread over the heads; used if alpha_bias is None.
+    #: Shortest and longest retention horizon 1 / (1 - alpha) in tokens, spread over the heads; for alpha_bias=None.
     horizons: list[float] = field(default_factory=lambda: [16.0, 2048.0])
     #: Inner objective: "l2" (Eq. 93) or "dot" (Eq. 92).
     objective: str = "l2"

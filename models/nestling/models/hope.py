@@ -50,8 +50,8 @@ class ShortConvolution(nn.Module):
     def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
         taps, tokens = self.weight.shape[0], x.shape[1]
         padded = torch.cat([tail.to(x.dtype), x], dim=1)
-        y = sum(padded[:, tap : tap + tokens] * self.weight[tap] for tap in range(taps))
-        return F.silu(y), padded[:, tokens:]
+        shifted = torch.stack([padded[:, tap : tap + tokens] for tap in range(taps)], dim=-2)
+        return F.silu((shifted * self.weight).sum(dim=-2)), padded[:, tokens:]
 
 
 class SelfModifyingTitans(Mixer):
@@ -66,6 +66,8 @@ class SelfModifyingTitans(Mixer):
     writes: bool = True
     #: A list here collects (mean eta, mean alpha) of every call; see `nestling.evaluation`.
     gate_log: list[tuple[float, float]] | None = None
+    #: Bias of each head's retention gate (H,).
+    alpha_bias: Tensor
 
     def __init__(self, config: HopeConfig, depth: int) -> None:
         super().__init__()

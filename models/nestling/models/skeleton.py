@@ -77,7 +77,7 @@ class LanguageModel(nn.Module):
             raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, needs int64 of shape (B, T)")
         states = [None] * len(self.blocks) if state is None else state
         x, after = self.embedding(tokens), []
-        for block, before in zip(self.blocks, states, strict=True):
+        for block, before in zip(self._blocks(), states, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x, new = checkpoint(block, x, before, use_reentrant=False)
             else:
@@ -87,12 +87,15 @@ class LanguageModel(nn.Module):
 
     def initial_state(self, batch: int) -> list[Any]:
         """The state before the first token, for `batch` rows."""
-        return [block.mixer.initial_state(batch) for block in self.blocks]
+        return [block.mixer.initial_state(batch) for block in self._blocks()]
 
     def level_parameters(self) -> list[list[nn.Parameter]]:
         """The parameters of each Continuum Memory System level, fastest first; empty for a model without one."""
-        parts = [[part for part in block.feed_forward if isinstance(part, Level)] for block in self.blocks]
+        parts = [[part for part in block.feed_forward if isinstance(part, Level)] for block in self._blocks()]
         return [[p for part in level for p in part.parameters()] for level in zip(*parts, strict=True)]
+
+    def _blocks(self) -> list[Block]:
+        return [block for block in self.blocks if isinstance(block, Block)]
 
 
 class Level(nn.Module):

@@ -84,7 +84,7 @@ class Levels(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    self._take_in(parameter, group)
+                    self._take_in(parameter, parameter.grad, group)
         return loss
 
     def pop_update_norms(self) -> dict[str, Tensor]:
@@ -92,14 +92,13 @@ class Levels(torch.optim.Optimizer):
         norms, self._squared = self._squared, {}
         return norms
 
-    def _take_in(self, parameter: Tensor, group: dict[str, Any]) -> None:
+    def _take_in(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         state = self.state[parameter]
         if not state:
             state.update(steps=0, updates=0)
             if not _every_step(group):
                 state["accumulator"] = torch.zeros_like(parameter)
         state["steps"] += 1
-        gradient = parameter.grad
         if "accumulator" in state:
             gradient = state["accumulator"].add_(gradient)
         if not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):

@@ -39,8 +39,8 @@ def load_final(folder: RunFolder, device: str = "cpu") -> tuple[LanguageModel, T
     if not folder.weights.exists():
         status = folder.info().get("status")
         raise CheckpointError(
-            f"run {folder.run_id} ({folder.name}) has no weights: its status is {status!r} and {folder.weights} does not exist; "
-            "wait for it to finish, or name another run (nestling runs lists them)"
+            f"run {folder.run_id} ({folder.name}) has no weights: its status is {status!r} and {folder.weights} does "
+            "not exist; wait for it to finish, or name another run (nestling runs lists them)"
         )
     try:
         config = from_yaml(folder.config.read_text())

@@ -7,7 +7,6 @@ cut over the ranks in equal batches, because ZeRO-3 wants every rank to make the
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass

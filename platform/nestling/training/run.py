@@ -106,8 +106,9 @@ def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: Tracke
     from nestling.training.worker import train_worker
 
     gpus = _gpus(config)
+    entry: Any = train_worker  # Ray's annotation leaves out that a worker may return something
     trainer = TorchTrainer(
-        train_worker,
+        entry,
         train_loop_config={
             "config": to_yaml(config),
             "folder": str(folder.path),
@@ -123,7 +124,8 @@ def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: Tracke
         ),
     )
     try:
-        return trainer.fit().return_value
+        result: Any = trainer.fit()
+        return result.return_value
     except TrainingFailedError as error:
         raise TrainingError(_first_cause(error)) from error
 

@@ -116,14 +116,14 @@ class Training:
             total += loss.detach() / len(pieces)
         set_chunk_size(self.model, None)
         dist.all_reduce(total)
-        loss = total.item() / self.world
+        mean = total.item() / self.world
         self._ends.append(time.perf_counter())
-        if not math.isfinite(loss):
+        if not math.isfinite(mean):
             raise FloatingPointError(
-                f"the loss of step {step} is {loss}: training has diverged; lower training.learning_rate, "
+                f"the loss of step {step} is {mean}: training has diverged; lower training.learning_rate, "
                 "model.eta_max or training.clip"
             )
-        return loss
+        return mean
 
     def record(self, step: int, loss: float) -> dict[str, float]:
         """The metrics of a step; every rank takes part, because update norms are summed over shards."""
