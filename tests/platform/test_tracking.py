@@ -164,7 +164,7 @@ def test_an_unreachable_server_is_a_clear_error_within_seconds(folder: RunFolder
         began = time.monotonic()
         with pytest.raises(TrackingError) as caught:
             start(CONFIG, folder, uri, "tests")
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 30  # about a second alone; MLflow left to itself retries for minutes
     message = str(caught.value)
     assert "me:***@127.0.0.1" in message and "secret" not in message
     assert "cannot be used" in message and "tracking.uri" in message and "mlflow.db" in message
@@ -254,7 +254,8 @@ def test_the_weights_are_a_logged_model_without_copied_bytes(
     assert max(path.stat().st_size for path in kept) < 10_000
 
 
-def test_parameters_beyond_the_limits_of_mlflow(folder: RunFolder) -> None:
+def test_parameters_beyond_the_limits_of_mlflow(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
     run = start({"many": {f"k{index}": index for index in range(250)}, "long": "x" * 7000}, folder, None, "tests")
     parameters = client(run).get_run(run.mlflow_run_id).data.params
     assert len(parameters) == 251 and parameters["many.k249"] == "249" and len(parameters["long"]) == 6000
@@ -299,6 +300,14 @@ def test_a_restarted_worker_records_no_step_twice(folder: RunFolder, run: Tracke
     ]
     assert [step for step, _ in history(run, "train/loss")] == [10, 20, 30, 40]
     assert history(run, "heldout/loss") == [(40, 1.0)]
+
+
+def test_more_values_than_one_request_takes_all_arrive(folder: RunFolder, run: TrackedRun) -> None:
+    tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+    for step in range(150):
+        tracker.log({f"levels/level{level}/updates": float(step) for level in range(20)}, step)
+    tracker.close()
+    assert history(run, "levels/level19/updates") == [(step, float(step)) for step in range(150)]
 
 
 def test_system_metrics_are_recorded_while_it_is_open(

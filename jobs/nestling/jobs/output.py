@@ -105,6 +105,7 @@ def chatter_to(path: Path) -> Iterator[None]:
 def _stdout_to_stderr() -> Iterator[None]:
     sys.stdout.flush()
     stdout = os.dup(1)
+    os.dup2(2, 1)
     try:
         with redirect_stdout(sys.stderr):
             yield

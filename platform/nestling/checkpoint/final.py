@@ -25,6 +25,7 @@ def save_weights(weights: dict[str, Tensor], path: Path) -> None:
     """Write the weights so that `path` is either the old file or the whole new one."""
     draft = path.with_suffix(".tmp")
     save_file(weights, draft)
+    draft.chmod(0o644)  # the library makes it readable by its owner alone
     with draft.open("rb") as file:
         os.fsync(file.fileno())
     draft.replace(path)

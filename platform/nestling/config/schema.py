@@ -161,7 +161,7 @@ class TrainingConfig:
     #: Recompute a block's activations in the backward pass to save memory.
     activation_checkpointing: bool = False
     #: Steps from one logged record to the next.
-    log_every: int = 10
+    log_every: int = 1
     #: Steps from one held-out evaluation to the next; 0: only at the end.
     evaluate_every: int = 200
     #: Failures of workers after which training starts again before it gives up.

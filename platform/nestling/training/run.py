@@ -128,6 +128,8 @@ def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: Tracke
         return result.return_value
     except TrainingFailedError as error:
         raise TrainingError(_first_cause(error)) from error
+    except SystemExit as stop:  # Ray Train's answer to Ctrl-C
+        raise KeyboardInterrupt from stop
 
 
 def _first_cause(error: BaseException) -> str:

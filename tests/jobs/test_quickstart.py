@@ -1,0 +1,79 @@
+"""The quickstart as a person runs it: the real command line, real workers, and the control that must not learn."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pydoc_data.topics
+import pytest
+
+JOB = Path(__file__).parents[2] / "jobs" / "quickstart.yaml"
+
+
+def nestling(runs, *arguments):
+    """Run a verb with --json; its exit code and what the last line of its standard output says."""
+    done = subprocess.run(
+        [sys.executable, "-m", "nestling.jobs.app", *map(str, arguments), "--json"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NESTLING_RUNS": str(runs)},
+    )
+    assert done.stdout.count("\n") == 1, done.stdout + done.stderr
+    return done.returncode, json.loads(done.stdout)
+
+
+def write_texts(folder, texts):
+    folder.mkdir()
+    for number, text in enumerate(texts):
+        (folder / f"{number}.txt").write_text(text)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_own_texts_train_with_one_changed_key(tmp_path):
+    texts = write_texts(tmp_path / "texts", list(pydoc_data.topics.topics.values())[:12])
+    runs = tmp_path / "runs"
+    code, trained = nestling(runs, "train", JOB, f"data.source={texts}", "training.steps=12", "run.name=own")
+    assert code == 0 and trained["status"] == "finished" and trained["steps"] == 12
+    assert trained["tokens"] == 12 * 512
+    assert trained["heldout_bits_per_byte"] < 8  # better than knowing nothing
+
+    code, evaluated = nestling(runs, "evaluate", "own")
+    assert code == 0
+    assert evaluated["heldout_bits_per_byte"] == pytest.approx(trained["heldout_bits_per_byte"], rel=1e-4)
+    assert evaluated["unigram_bits_per_byte"] == pytest.approx(trained["unigram_bits_per_byte"])
+    assert evaluated["writes_off_bits_per_byte"] is not None
+
+    code, generated = nestling(runs, "generate", trained["run_id"], "--prompt", "The ", "--max-tokens", 20)
+    assert code == 0 and generated["tokens"] <= 20 and isinstance(generated["text"], str)
+    assert generated == nestling(runs, "generate", "latest", "--prompt", "The ", "--max-tokens", 20)[1] | {
+        "tokens_per_second": generated["tokens_per_second"]
+    }
+
+    code, exported = nestling(runs, "export", trained["run_id"][:6], "--out", tmp_path / "out")
+    assert code == 0 and (tmp_path / "out" / "model.safetensors").exists()
+    assert len(exported["sha256"]) == 64
+
+    code, listed = nestling(runs, "runs")
+    assert [run["name"] for run in listed["runs"]] == ["own"]
+    assert listed["runs"][0]["heldout_bits_per_byte"] == trained["heldout_bits_per_byte"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_shuffled_bytes_stay_at_the_unigram_line(tmp_path):
+    """What remains when every order is destroyed: a model that does better has seen what it should not."""
+    text = [c for c in "".join(pydoc_data.topics.topics.values()) if c.isascii()]
+    random.Random(0).shuffle(text)
+    pieces = ["".join(text[start : start + 8192]) for start in range(0, len(text), 8192)]
+    texts = write_texts(tmp_path / "texts", pieces)
+    code, trained = nestling(
+        tmp_path / "runs", "train", JOB, f"data.source={texts}", "training.steps=300", "training.evaluate_every=0"
+    )
+    assert code == 0
+    unigram = trained["unigram_bits_per_byte"]
+    assert unigram - 0.03 < trained["heldout_bits_per_byte"] < unigram + 0.1
