@@ -121,7 +121,8 @@ def table(results: list[dict], tuning: dict) -> str:
     }
     lines = [
         f"Bits per byte, mean of seeds {', '.join(map(str, SEEDS))} [lowest, highest]; the unigram entropy of the "
-        f"held-out text is {results[0]['unigram_bits_per_byte']:.3f}. Tokens trained on: {results[0]['trained_tokens']:,}.",
+        f"held-out text is {results[0]['unigram_bits_per_byte']:.3f}. "
+        f"Tokens trained on: {results[0]['trained_tokens']:,}.",
         "",
         f"| arm | parameters | {' | '.join(columns)} |",
         "|---" * (2 + len(columns)) + "|",

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from nestling.jobs.arguments import AsJson, Run, RunDir, trained_run
-from nestling.jobs.output import WRONG_USAGE, Stop, chatter_to, say, verb
+from nestling.jobs.output import WRONG_USAGE, Stop, chatter_to, in_columns, say, verb
 
 
 @verb("run_id", "heldout_loss", "heldout_bits_per_byte", "unigram_bits_per_byte", "tokens")
@@ -28,7 +28,7 @@ def evaluate(
 
         result = run_evaluation(folder, data, tokens)
     if not as_json:
-        print("\n".join(_lines(result)))
+        print(in_columns(report(result)))
     return result
 
 
@@ -42,18 +42,21 @@ def _check_source(source: str) -> None:
         raise Stop(str(error).replace("data.source", "--data", 1), WRONG_USAGE) from error
 
 
-def _lines(result: dict[str, Any], prefix: str = "") -> list[str]:
-    """One line a figure; nested results with dotted names."""
-    lines = []
-    for key, value in result.items():
-        if isinstance(value, dict):
-            lines += _lines(value, f"{prefix}{key}.")
-        else:
-            lines.append(f"{prefix + key:<36}{_shown(value)}")
+def report(figures: dict[str, Any]) -> dict[str, str]:
+    """An evaluation in words, a line a question; `train` ends with the same lines."""
+    heldout = figures["heldout_bits_per_byte"]
+    lines = {
+        "held-out": f"{heldout:.3f} bits per byte over {figures['tokens']:,} tokens; "
+        f"unigram entropy (the chance line): {figures['unigram_bits_per_byte']:.3f}",
+        "position": " ".join(f"{bits:.2f}" for bits in figures["bits_per_byte_by_position"])
+        + " bits per byte, from the first to the last eighth of a sequence",
+    }
+    if figures["writes_off_bits_per_byte"] is not None:
+        on, off = figures["writes_on_bits_per_byte"], figures["writes_off_bits_per_byte"]
+        lines["memory"] = f"{on:.3f} with the memories' writes, {off:.3f} with them switched off ({off - on:+.3f})"
+        gates = ((", ".join(f"{value:.3f}" for value in figures[name])) for name in ("eta", "alpha"))
+        lines["gates"] = "mean eta {}; mean alpha {} (layer by layer)".format(*gates)
+    if figures["second_copy_bits_per_byte"] is not None:
+        again, other = figures["second_copy_bits_per_byte"], figures["after_another_bits_per_byte"]
+        lines["recall"] = f"{again:.3f} for a passage read again, {other:.3f} after another one ({other - again:+.3f})"
     return lines
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return " ".join(_shown(item) for item in value)
-    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -72,6 +72,11 @@ def say(message: str, style: str | None = None) -> None:
         terminal.print(message, style=style, markup=False, soft_wrap=True)
 
 
+def in_columns(lines: Mapping[str, str]) -> str:
+    """Lines of a label and what it stands for."""
+    return "\n".join(f"{label:<10}{text}" for label, text in lines.items())
+
+
 def describe(error: BaseException) -> str:
     """What an error says: Nestling's own messages are complete, others need their kind, none its traceback."""
     if type(error).__module__.startswith("nestling."):

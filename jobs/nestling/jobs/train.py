@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import traceback
 from dataclasses import asdict
@@ -10,7 +11,8 @@ from typing import Any
 
 from nestling.config import JobConfig, RunConfig, load
 from nestling.jobs.arguments import AsJson, Job, Overrides
-from nestling.jobs.output import FAILED, INTERRUPTED, WRONG_USAGE, Stop, chatter_to, describe, say, verb
+from nestling.jobs.evaluate import report
+from nestling.jobs.output import FAILED, INTERRUPTED, WRONG_USAGE, Stop, chatter_to, describe, in_columns, say, verb
 from nestling.jobs.progress import TrainingProgress
 from nestling.tracking.runs import RunFolder
 
@@ -55,20 +57,13 @@ def _stop(folder: RunFolder, how: str, code: int) -> Stop:
 
 def _report(summary: dict[str, Any], folder: RunFolder, config: JobConfig) -> str:
     place = "" if Path(config.run.dir) == Path(RunConfig().dir) else f" run.dir={shlex.quote(config.run.dir)}"
-    heldout, unigram, speed = (
-        summary[key] for key in ("heldout_bits_per_byte", "unigram_bits_per_byte", "tokens_per_second")
-    )
     lines = {
-        "run": f"{folder.run_id} ({folder.name}), {summary['steps']:,} steps, {summary['tokens']:,} tokens",
-        "held-out": f"{_figure(heldout)} bits per byte; unigram entropy (the chance line): {_figure(unigram)}",
-        "speed": f"{_figure(speed, ',.0f')} tokens/s",
+        "run": f"{folder.run_id} ({folder.name}), {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
+        f"{summary['tokens_per_second']:,.0f} tokens/s",
+        **report(json.loads(folder.evaluation.read_text())),
         "folder": str(folder.path),
         "log": str(folder.ray_log),
         "curves": f"{folder.figure}, or in MLflow: nestling ui{place}",
         "sample": f'nestling generate {folder.run_id} --prompt "The "{place}',
     }
-    return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
-
-
-def _figure(value: float | None, form: str = ".3f") -> str:
-    return "unknown" if value is None else format(value, form)
+    return in_columns(lines)

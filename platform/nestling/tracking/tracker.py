@@ -8,8 +8,8 @@ the training noticing. The final weights become a logged model that points at th
 from __future__ import annotations
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +22,8 @@ from nestling.tracking.sender import Sender
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+
+log = logging.getLogger(__name__)
 
 _STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _VALUE_LIMIT = 6000  # characters of a parameter's value
@@ -108,7 +110,7 @@ class Tracker:
 def finish(run: TrackedRun, folder: RunFolder, status: str, figure: Path | None = None) -> None:
     """End the MLflow run: artifacts, the final weights as a logged model by reference, and the status.
 
-    MLflow away at the end does not spoil a finished training: it is said on standard error.
+    MLflow away at the end does not spoil a finished training: a warning says so.
 
     Args:
         run: what `start` returned.
@@ -126,11 +128,11 @@ def finish(run: TrackedRun, folder: RunFolder, status: str, figure: Path | None 
             _log_weights(client, run, folder)
         client.set_terminated(run.mlflow_run_id, ended)
     except Exception as error:  # as in `start`
-        print(
-            f"MLflow at {shown(run.uri)} did not take the end of the run ({shown(str(error))}); "
-            f"everything is in {folder.path}",
-            file=sys.stderr,
-            flush=True,
+        log.warning(
+            "MLflow at %s did not take the end of the run (%s); everything is in %s",
+            shown(run.uri),
+            shown(str(error)),
+            folder.path,
         )
 
 
