@@ -1,4 +1,4 @@
-"""The contract of the memory operations: every backend equals the token loop, and the loop equals the paper's equations.
+"""The contract of the memory operations: backends equal the token loop, and the loop equals the paper's equations.
 
 Comparisons are in float64 over shapes and switches that hypothesis draws: outputs, the state that goes on, and the
 gradient of every tensor that goes in. Step sizes stay where the recurrence itself is stable.
@@ -33,7 +33,7 @@ def normal(generator: torch.Generator, *shape: int, scale: float = 1.0) -> Tenso
 
 
 def assert_same(results: Results, expected: Results, tolerance: float = TOLERANCE) -> None:
-    """Relative to the norm of each tensor; the tiny absolute part is for gradients that are zero in exact arithmetic."""
+    """Relative to each tensor's norm; the tiny absolute part is for gradients that are zero in exact arithmetic."""
     assert results.keys() == expected.keys()
     for name, right in expected.items():
         assert results[name].shape == right.shape, name
@@ -516,11 +516,16 @@ def test_delta_half_precision(dtype: torch.dtype, backend: str) -> None:
 
 
 def test_autocast_does_not_lower_the_precision_of_the_memories() -> None:
+    """Not in the forward pass, and not in a backward pass that runs under it."""
     arguments = {n: t.detach().float() for n, t in memory_arguments(12, 1, 1, 20, width=8, hidden=8).items()}
-    right, _ = scan_calls(arguments, chunk_size=8)
+    leaves = {name: tensor.requires_grad_() for name, tensor in arguments.items()}
+    right, _ = scan_calls(leaves, chunk_size=8)
+    right_gradients = gradients(right.sum(), leaves)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs, state = scan_calls(arguments, chunk_size=8)
+        outputs, _ = scan_calls(leaves, chunk_size=8)
+        found = gradients(outputs.sum(), leaves)
     assert outputs.dtype is torch.float32 and torch.equal(outputs, right)
+    assert all(torch.equal(found[name], grad) for name, grad in right_gradients.items())
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -578,8 +583,8 @@ def zero_weights(**changes: tuple[Tensor, Tensor]) -> dict[str, tuple[Tensor, Te
         (dict(queries=torch.zeros(1, 2, 5, 3).double()), "queries: got dtype torch.float64, needs torch.float32"),
         (dict(queries=torch.zeros(1, 2, 5, 3, device="meta")), "queries: got device meta, needs cpu"),
         (dict(state=zero_weights()), r"state: got dict, needs a MemoryState; see MemoryState.initial"),
-        (dict(x=torch.zeros(3, 2, 5, 3), queries=torch.zeros(3, 2, 5, 3)), r"state\S*: got shape \(1, 2, 4, 3\), needs"),
-        (dict(x=torch.zeros(1, 2, 5, 6), queries=torch.zeros(1, 2, 5, 6)), r"state\S*: got shape \(1, 2, 4, 3\), needs"),
+        (dict(x=torch.zeros(3, 2, 5, 3), queries=torch.zeros(3, 2, 5, 3)), r"state\S*: got shape \(1, 2, 4, 3\), nee"),
+        (dict(x=torch.zeros(1, 2, 5, 6), queries=torch.zeros(1, 2, 5, 6)), r"state\S*: got shape \(1, 2, 4, 3\), nee"),
         (dict(x=torch.zeros(1, 2, 5, 3).half(), queries=torch.zeros(1, 2, 5, 3).half(), state=MemoryState.initial(
             {n: (a.double(), b.double()) for n, (a, b) in zero_weights().items()})),
             r"state\S*: got dtype torch.float64, needs torch.float16 or torch.float32"),

@@ -4,17 +4,20 @@ periods under sharding, and what a run leaves behind."""
 import hashlib
 import json
 import math
+from dataclasses import replace
 
 import mlflow
 import pytest
 import torch
 
 from nestling.checkpoint import CheckpointError, load_final
-from nestling.config import load
+from nestling.config import ConfigError, load
 from nestling.data import prepare
 from nestling.evaluation import evaluate
+from nestling.models import build
 from nestling.tracking import RunFolder
 from nestling.training import fit
+from nestling.training.groups import parameter_groups
 from nestling.training.run import TrainingError
 from nestling.training.schedule import rate_factor
 
@@ -54,20 +57,34 @@ def job(texts, tmp_path_factory):
     )
 
 
+def partitioning(usual):
+    """DeepSpeed's settings with every parameter cut up: ZeRO 3 leaves ones as small as these whole otherwise."""
+
+    def settings(*arguments):
+        made = usual(*arguments)
+        made["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return made
+
+    return settings
+
+
 def probe(settings):
     """A worker: trains one job after another, a ZeRO stage each, and looks at every weight after every step."""
     import ray.train
 
     from nestling.config import from_yaml
     from nestling.data import Corpus
+    from nestling.training import engine
     from nestling.training.engine import full_weights
     from nestling.training.worker import Training
 
     torch.set_num_threads(1)
+    usual = engine.engine_settings
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     results = {}
     for label, job in settings["jobs"].items():
+        engine.engine_settings = partitioning(usual) if "partitioned" in label else usual
         training = Training(
             from_yaml(job), Corpus.open(settings["corpus"]), torch.device("cpu"), rank, world, tracker=None
         )
@@ -99,6 +116,7 @@ def probes(ray_local, job, tmp_path_factory):
         changed = {
             "accumulated": ["training.micro_batch=2", "training.zero_stage=2"],
             "checkpointed": ["training.activation_checkpointing=true", "training.zero_stage=3"],
+            "partitioned": ["training.zero_stage=3", "training.micro_batch=2"],
             "bfloat16": ["training.precision=bfloat16", "training.zero_stage=0"],
             "bfloat16 zero2": ["training.precision=bfloat16", "training.zero_stage=2"],
         }
@@ -234,6 +252,32 @@ def test_a_diverging_run_says_so(ray_local, job):
         fit(config, folder)
     assert folder.info()["status"] == "failed"
     assert "diverged" in folder.info()["error"]
+
+
+def test_every_parameter_is_in_one_level(job):
+    config = job(
+        "levels=[{width: 32, period: 1}, {width: 32, period: 3}, "
+        "{parameters: [embedding*, head*], period: 5, name: words}, {parameters: ['*.memories.*'], name: memories}]"
+    )
+    model = build(replace(config.model, vocab_size=257))
+    groups = parameter_groups(model, config)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    assert {group["name"]: group["period"] for group in groups} == {
+        "level1": 1,
+        "level2": 3,
+        "words": 5,
+        "memories": 1,
+        "base": 1,
+    }
+    words = [id(p) for group in groups if group["name"] == "words" for p in group["params"]]
+    assert sorted(words) == sorted([id(model.embedding.weight), id(model.head.weight)])
+
+
+def test_a_level_of_nothing_is_refused(job):
+    config = job("levels=[{parameters: [embeding*]}]")
+    with pytest.raises(ConfigError, match=r"level level1: no parameter .* matches \['embeding\*'\]"):
+        parameter_groups(build(replace(config.model, vocab_size=257)), config)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])

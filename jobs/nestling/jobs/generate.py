@@ -37,6 +37,7 @@ def generate(
     from nestling.checkpoint import load_final
     from nestling.models import sampling
 
+    torch.set_num_threads(1)  # a token is thousands of tiny operations: more threads only wait for each other
     model, tokenizer, _ = load_final(folder)
     ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.separator])
     stop = tokenizer.separator

@@ -1,86 +1,27 @@
 """The memory operations as batched matrix products over blocks of tokens: exact, on any device.
 
-Within a block every key and local gradient is known beforehand, so the token recurrence
-`W_t = base + alpha_t (W_{t-1} - base) - eta_t (W_{t-1} z_t + delta_t) z_t^T` has a closed form: the rows `r_t` that
-each token writes solve one unit lower-triangular system (WY form of a product of Householder-like factors; the
-derivation is in Yang et al. 2024, arXiv:2406.06484, with the retention gate of arXiv:2412.06464). All five memories of
-a layer share their keys in w2, so their w2 are one matrix of 5 N rows; their w1 are one batch of five.
+Within a block every key and local gradient is known beforehand, so each layer's token recurrence has a closed form
+(`nestling.memory.layer`). All five memories of a layer share their keys in w2, so their w2 are one matrix of 5 N rows;
+their w1 are one batch of five. Inside a block tokens are columns: (..., width, C).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from nestling.memory.layer import Gates, learn
 from nestling.memory.recompute import scan
 from nestling.memory.rule import Rule, l2norm
-from nestling.memory.state import MEMORIES, Layers, MemoryState, Weights
+from nestling.memory.state import MEMORIES, SCALAR_MEMORIES, Layers, MemoryState, Weights
 
 #: Tokens of a block at most: the triangular systems are TILE x TILE, whatever the chunk size of the model.
 TILE = 64
-#: log(alpha) below this is a gate that is shut: its exponential is nothing beside 1, and differences stay exact.
-SHUT = {torch.float32: -40.0, torch.float64: -100.0}
-
-
-class Gates:
-    """Cumulated retention inside a block of C tokens; only ratios of later to earlier gates are formed, all <= 1.
-
-    With log_alpha (..., C, 1), b_t the product of the gates up to t:
-    after = b_t and before = b_{t-1} (..., C, 1), rest = b_C / b_t (..., C, 1), end = b_C (..., 1, 1),
-    earlier[t, s] = b_{t-1} / b_s for s < t, up_to[t, s] = b_t / b_s for s <= t (..., C, C), zero elsewhere.
-    """
-
-    def __init__(self, log_alpha: Tensor, inclusive: bool) -> None:
-        log_alpha = log_alpha.clamp(min=SHUT[log_alpha.dtype])
-        total = log_alpha.cumsum(dim=-2)
-        previous = total - log_alpha
-        self.before, self.end = previous.exp(), total[..., -1:, :].exp()
-        self.rest = (total[..., -1:, :] - total).exp()
-        mask = torch.ones(total.shape[-2], total.shape[-2], dtype=torch.bool, device=total.device)
-        # Masked before the exponential: an overflow there would become NaN in the backward pass.
-        self.earlier = (previous - total.mT).masked_fill(mask.triu(), float("-inf")).exp()
-        self.read_decay, self.read_ratio = self.before, self.earlier
-        if inclusive:
-            self.read_decay = total.exp()
-            self.read_ratio = (total - total.mT).masked_fill(mask.triu(1), float("-inf")).exp()
-
-    def unsqueeze(self, dim: int) -> Gates:
-        """The same gates for tensors with one more batch axis."""
-        wider = object.__new__(Gates)
-        wider.__dict__ = {name: value.unsqueeze(dim) for name, value in self.__dict__.items()}
-        return wider
-
-
-def written_rows(
-    weights: Tensor, base: Tensor | None, keys: Tensor, local_grads: Tensor, step: Tensor, gates: Gates, erase: bool
-) -> Tensor:
-    """Row r_t (..., C, m) that token t adds as r_t z_t^T, from the weights (..., m, n) at the block's start."""
-    if not erase:
-        return -step * local_grads
-    moved = weights if base is None else weights - base
-    target = gates.before * (keys @ moved.mT) + local_grads
-    if base is not None:
-        target = target + keys @ base.mT
-    lower = step * gates.earlier * (keys @ keys.mT)
-    return torch.linalg.solve_triangular(lower, -step * target, upper=False, unitriangular=True)
-
-
-def end_weights(weights: Tensor, base: Tensor | None, keys: Tensor, rows: Tensor, gates: Gates) -> Tensor:
-    """The weights (..., m, n) after the block."""
-    kept = gates.end * weights if base is None else base + gates.end * (weights - base)
-    return kept + rows.mT @ (gates.rest * keys)
-
-
-def evolving_read(
-    weights: Tensor, base: Tensor | None, keys: Tensor, rows: Tensor, gates: Gates, queries: Tensor
-) -> Tensor:
-    """What each query (..., C, n) reads from the weights of its own token: (..., C, m)."""
-    moved = weights if base is None else weights - base
-    output = gates.read_decay * (queries @ moved.mT) + (gates.read_ratio * (queries @ keys.mT)) @ rows
-    return output if base is None else output + queries @ base.mT
 
 
 def delta_scan(
@@ -99,11 +40,13 @@ def delta_scan(
         return queries.new_empty(*local_grads.shape), initial
 
     def body(block: int, carry: tuple, inputs: tuple, constants: tuple) -> tuple[Tensor, tuple[Tensor]]:
-        (weights,), (z, delta, log_gate, step, q), (base, first) = carry, inputs, constants
+        (weights,), (base, first) = carry, constants
+        z, delta, log_gate, step, q = (stream.mT for stream in inputs)
         gates = Gates(log_gate, inclusive=read == "after")
-        rows = written_rows(weights, base, z, delta, step, gates, erase)
-        output = q @ first.mT if read == "boundary" else evolving_read(weights, base, z, rows, gates, q)
-        return output, (end_weights(weights, base, z, rows, gates),)
+        new, output = learn(weights, base, z, delta, step, None if read == "boundary" else q, gates, erase)
+        if output is None:
+            output = first @ q
+        return output.mT, (new,)
 
     spans = [(start, min(start + TILE, keys.shape[2])) for start in range(0, keys.shape[2], TILE)]
     inputs = (keys, local_grads, log_alpha.unsqueeze(-1), eta.unsqueeze(-1), queries)
@@ -112,10 +55,11 @@ def delta_scan(
 
 
 def stack(weights: Weights) -> Layers:
-    """The five memories as two tensors: w1 (B, H, 5, D, N), scalar memories filled up with zero rows; w2 (B, H, 5 N, D)."""
+    """The five memories as two tensors: w1 (B, H, 5, D, N), zero rows in scalar memories; w2 (B, H, 5 N, D)."""
     width = weights["key"][1].shape[-1]
-    w1 = torch.stack([F.pad(w1, (0, 0, 0, width - w1.shape[-2])) for w1, _ in map(weights.get, MEMORIES)], dim=2)  # type: ignore[misc]
-    return w1, torch.cat([weights[name][1] for name in MEMORIES], dim=-2)
+    firsts, seconds = zip(*(weights[name] for name in MEMORIES), strict=True)
+    w1 = torch.stack([F.pad(first, (0, 0, 0, width - first.shape[-2])) for first in firsts], dim=2)
+    return w1, torch.cat(seconds, dim=-2)
 
 
 def unstack(w1: Tensor, w2: Tensor, like: Weights) -> dict[str, Layers]:
@@ -150,8 +94,8 @@ def self_modifying_scan(
     ends = [state.position + end for _, end in spans]
 
     def body(block: int, carry: tuple, inputs: tuple, constants: tuple) -> tuple[Tensor, tuple[Tensor, ...]]:
-        w1, w2, frozen1, frozen2 = carry
-        outputs, w1, w2 = _block(*inputs, w1, w2, frozen1, frozen2, *constants, rule)
+        outputs, w1, w2 = _block(inputs, carry, constants, rule)
+        *_, frozen1, frozen2 = carry
         n_memory = frozen2.shape[-2] // len(MEMORIES)
         projections = ends[block] % rule.projection_chunk_size == 0
         memory = ends[block] % rule.chunk_size == 0
@@ -168,74 +112,78 @@ def self_modifying_scan(
     bases = stack(state.base) if rule.decay_to == "initial" else (None, None)
     scalars = tuple(scalar.view(1, -1, 1, 1) for scalar in (eta_max, eta_bias, alpha_bias))
     carry = (*stack(state.weights), *stack(state.snapshots))
-    outputs, carry = scan(body, spans, carry, (x, queries), (*bases, *scalars), blocks_per_state)
-    weights, snapshots = unstack(*carry[:2], state.weights), unstack(*carry[2:], state.weights)
+    outputs, (w1, w2, frozen1, frozen2) = scan(body, spans, carry, (x, queries), (*bases, *scalars), blocks_per_state)
+    weights, snapshots = unstack(w1, w2, state.weights), unstack(frozen1, frozen2, state.weights)
     return outputs, MemoryState(weights, snapshots, state.base, state.position + x.shape[2])
 
 
-def _block(
-    x: Tensor,
-    queries: Tensor,
-    w1: Tensor,
-    w2: Tensor,
-    frozen1: Tensor,
-    frozen2: Tensor,
-    base1: Tensor | None,
-    base2: Tensor | None,
-    eta_max: Tensor,
-    eta_bias: Tensor,
-    alpha_bias: Tensor,
-    rule: Rule,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _block(inputs: tuple, carry: tuple, constants: tuple, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
     """One block of C tokens (B, H, C, D) through all five memories: outputs (B, H, C, D), new w1 and w2."""
-    tokens, hidden, memory = x.shape[-2], w1.shape[-1], len(MEMORIES) - 1
+    x, queries = (stream.mT for stream in inputs)
+    (w1, w2, frozen1, frozen2), (base1, base2, *scalars) = carry, constants
+    hidden = w1.shape[-1]
+    k, v, eta, log_alpha = _project(x, frozen1, frozen2, *scalars)
+    gates = Gates(log_alpha, inclusive=rule.read == "after")
+    pre, h, error = _inner_error(k, v, frozen1, frozen2, rule)
 
-    h = _heads(F.silu(x @ frozen2[:, :, : memory * hidden].mT), hidden)
-    projected = h[:, :, :2] @ frozen1[:, :, :2].mT
-    gate = (h[:, :, 2:] * frozen1[:, :, 2:memory, :1]).sum(dim=-1, keepdim=True)
-    k, v = l2norm(x + projected[:, :, 0]), x + projected[:, :, 1]
-    eta = eta_max * torch.sigmoid(gate[:, :, 0] + eta_bias)
-    gates = Gates(F.logsigmoid(gate[:, :, 1] + alpha_bias), inclusive=rule.read == "after")
-
-    pre = torch.cat([k, l2norm(v)], dim=-2) @ frozen2.mT
-    activated = _heads(F.silu(pre), hidden)
-    read = activated @ frozen1.mT
-    h, target = activated[..., :tokens, :], read[..., tokens:, :]
-    error = -target if rule.objective == "dot" else read[..., :tokens, :] - target
-    # The skip connection of key, value and memory; eta and alpha have none.
-    skip = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0], dtype=x.dtype, device=x.device).view(-1, 1, 1)
-    error = error + skip * (-l2norm(v) if rule.objective == "dot" else k - l2norm(v)).unsqueeze(2)
-
-    wide = gates.unsqueeze(2)
-    keys1 = h if rule.step_size == "proximal" else l2norm(h)
-    step1 = rule.step(eta.unsqueeze(2).expand(*h.shape[:-1], 1), h)
-    rows1 = written_rows(w1, base1, keys1, error, step1, wide, rule.erases_w1)
-    new1 = end_weights(w1, base1, keys1, rows1, wide)
-
-    new2, rows2 = w2, None
+    # Every layer learns; `memory`, the last, is also read.
+    evolving = None if rule.read == "boundary" else queries
+    pre_q, new2 = None, w2
     if rule.writes_w2:
-        pre_k = pre[..., :tokens, :]
-        slope = torch.sigmoid(pre_k)
-        slope = slope * (1 + pre_k * (1 - slope))
-        delta2 = (error @ frozen1).transpose(2, 3).flatten(-2) * slope
-        rows2 = written_rows(w2, base2, k, delta2, rule.step(eta, k), gates, rule.erases_w2)
-        new2 = end_weights(w2, base2, k, rows2, gates)
-
-    if rule.read == "boundary":
-        inner = F.silu(queries @ frozen2[:, :, -hidden:].mT) @ frozen1[:, :, memory].mT
-        return queries + inner, new1, new2
-    if rows2 is None:
-        pre_q = queries @ w2[:, :, -hidden:].mT
-    else:
-        memory_base2 = None if base2 is None else base2[:, :, -hidden:]
-        pre_q = evolving_read(w2[:, :, -hidden:], memory_base2, k, rows2[..., -hidden:], gates, queries)
-    memory_base1 = None if base1 is None else base1[:, :, memory]
-    inner = evolving_read(
-        w1[:, :, memory], memory_base1, keys1[:, :, memory], rows1[:, :, memory], gates, F.silu(pre_q)
-    )
-    return queries + inner, new1, new2
+        delta2 = _SiluBackward.apply((frozen1.mT @ error).flatten(2, 3), pre)
+        new2, pre_q = learn(
+            w2, base2, k, delta2, rule.step(eta, k, dim=-2), evolving, gates, rule.erases_w2, reader=4 * hidden
+        )
+    elif evolving is not None:
+        pre_q = w2[:, :, 4 * hidden :] @ queries
+    h_q = None if pre_q is None else F.silu(pre_q).unsqueeze(2)
+    keys1 = h if rule.step_size == "proximal" else l2norm(h, dim=-2)
+    step1 = rule.step(eta.unsqueeze(2), h, dim=-2)
+    new1, inner = learn(w1, base1, keys1, error, step1, h_q, gates.unsqueeze(2), rule.erases_w1, reader=4)
+    if inner is None:
+        inner = frozen1[:, :, 4:] @ F.silu(frozen2[:, :, 4 * hidden :] @ queries).unsqueeze(2)
+    return (queries + inner.squeeze(2)).mT, new1, new2
 
 
-def _heads(wide: Tensor, hidden: int) -> Tensor:
-    """(B, H, C, k N) to (B, H, k, C, N)."""
-    return wide.unflatten(-1, (-1, hidden)).transpose(2, 3)
+def _project(
+    x: Tensor, frozen1: Tensor, frozen2: Tensor, eta_max: Tensor, eta_bias: Tensor, alpha_bias: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the frozen memories make of x (B, H, D, C): unit k and v (B, H, D, C), eta and log alpha (B, H, 1, C)."""
+    hidden = frozen1.shape[-1]
+    h = F.silu(frozen2[:, :, : 4 * hidden] @ x).unflatten(2, (4, hidden))
+    h_projections, h_gates = h.split(2, dim=2)
+    frozen_projections, frozen_gates, _ = frozen1.split((2, 2, 1), dim=2)
+    key, value = (frozen_projections @ h_projections).unbind(2)
+    eta, alpha = (frozen_gates[..., :1, :] @ h_gates).unbind(2)
+    eta, log_alpha = eta_max * torch.sigmoid(eta + eta_bias), F.logsigmoid(alpha + alpha_bias)
+    return l2norm(x + key, dim=-2), l2norm(x + value, dim=-2), eta, log_alpha
+
+
+def _inner_error(k: Tensor, v: Tensor, frozen1: Tensor, frozen2: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the frozen memories: w2 k (B, H, 5 N, C), its silu (B, H, 5, N, C) and the error (B, H, 5, D, C)."""
+    memories = (len(MEMORIES), frozen1.shape[-1])
+    pre = frozen2 @ k
+    h = F.silu(pre).unflatten(2, memories)
+    target = F.silu(frozen2 @ v).unflatten(2, memories)
+    # M(k) - M(v) takes one product with w1; key, value and memory skip it, eta and alpha do not.
+    inner, outer = (-target, -v) if rule.objective == "dot" else (h - target, k - v)
+    skip = k.new_tensor([name not in SCALAR_MEMORIES for name in MEMORIES]).view(-1, 1, 1)
+    return pre, h, torch.addcmul(frozen1 @ inner, skip, outer.unsqueeze(2))
+
+
+class _SiluBackward(torch.autograd.Function):
+    """grad * silu'(pre), itself with a derivative: with s = sigmoid(pre), silu'' = s (1 - s) (2 + pre - 2 s pre)."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: Tensor, pre: Tensor) -> Tensor:
+        ctx.save_for_backward(grad, pre)
+        return torch.ops.aten.silu_backward(grad, pre)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, Tensor]:
+        grad, pre = ctx.saved_tensors
+        s = torch.sigmoid(pre)
+        curve = torch.addcmul(pre, pre, s, value=-2).add_(2)
+        grad_pre = curve.mul_(outer).mul_(torch.ops.aten.sigmoid_backward(grad, s))
+        return torch.ops.aten.silu_backward(outer, pre), grad_pre

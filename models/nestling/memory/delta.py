@@ -64,12 +64,14 @@ def delta_scan(
 
     dtype = state_dtype(keys.dtype)
     with torch.autocast(keys.device.type, enabled=False):
-        args = tuple(t.to(dtype) for t in (keys, local_grads, log_alpha, eta, queries, initial))
-        base = None if base is None else base.to(dtype)
+        z, delta, log_gate, step, q, first = (
+            tensor.to(dtype) for tensor in (keys, local_grads, log_alpha, eta, queries, initial)
+        )
+        args = (z, delta, log_gate, step, q, first, None if base is None else base.to(dtype), erase, read)
         if backend == "reference":
-            outputs, final = reference.delta_scan(*args, base, erase, read)
+            outputs, final = reference.delta_scan(*args)
         else:
-            outputs, final = chunked.delta_scan(*args, base, erase, read, blocks_per_state)
+            outputs, final = chunked.delta_scan(*args, blocks_per_state)
     return outputs.to(keys.dtype), final
 
 

@@ -71,53 +71,58 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_outputs: Tensor, *grad_carry: Any) -> Any:
-        body, spans, blocks_per_state, n_carry, n_inputs, n_constants = ctx.plan
-        saved = ctx.saved_tensors
-        inputs, constants = saved[:n_inputs], saved[n_inputs : n_inputs + n_constants]
-        kept = saved[n_inputs + n_constants :]
-        wants = ctx.needs_input_grad[5:]
-        wants_inputs, wants_constants = wants[n_carry : n_carry + n_inputs], wants[n_carry + n_inputs :]
+        # As in the forward pass, whatever the caller's autocast says now.
+        with torch.autocast(grad_outputs.device.type, enabled=False):
+            return _backward(ctx, grad_outputs, *grad_carry)
 
-        grad_inputs = [torch.zeros_like(t) if want else None for t, want in zip(inputs, wants_inputs, strict=True)]
-        constants = [_leaf(t, want) for t, want in zip(constants, wants_constants, strict=True)]
-        trained = [t for t in constants if t is not None and t.requires_grad]
-        grad_trained = [torch.zeros_like(t) for t in trained]
 
-        for first in reversed(range(0, len(spans), blocks_per_state)):
-            group = range(first, min(first + blocks_per_state, len(spans)))
-            offset = first // blocks_per_state * n_carry
-            leaves = tuple(_leaf(t, True) for t in kept[offset : offset + n_carry])
-            start, end = spans[group[0]][0], spans[group[-1]][1]
-            pieces = tuple(_leaf(t[..., start:end, :], want) for t, want in zip(inputs, wants_inputs, strict=True))
-            with torch.enable_grad():
-                carry, outputs = leaves, []
-                for block in group:
-                    low, high = spans[block][0] - start, spans[block][1] - start
-                    output, carry = body(block, carry, tuple(t[..., low:high, :] for t in pieces), tuple(constants))
-                    outputs.append(output)
-                joined = torch.cat(outputs, dim=-2)
-            asked = [t for t in pieces if t.requires_grad]
-            grads = torch.autograd.grad(
-                [joined, *carry],
-                [*leaves, *asked, *trained],
-                [grad_outputs[..., start:end, :], *grad_carry],
-                allow_unused=True,
-            )
-            grad_carry = tuple(
-                torch.zeros_like(leaf) if grad is None else grad
-                for leaf, grad in zip(leaves, grads[:n_carry], strict=True)
-            )
-            piece_grads = iter(grads[n_carry : n_carry + len(asked)])
-            for grad_input in grad_inputs:
-                if grad_input is not None and (grad := next(piece_grads)) is not None:
-                    grad_input[..., start:end, :] = grad
-            for total, grad in zip(grad_trained, grads[n_carry + len(asked) :], strict=True):
-                if grad is not None:
-                    total += grad
+def _backward(ctx: Any, grad_outputs: Tensor, *grad_carry: Any) -> Any:
+    body, spans, blocks_per_state, n_carry, n_inputs, n_constants = ctx.plan
+    saved = ctx.saved_tensors
+    inputs, constants = saved[:n_inputs], saved[n_inputs : n_inputs + n_constants]
+    kept = saved[n_inputs + n_constants :]
+    wants = ctx.needs_input_grad[5:]
+    wants_inputs, wants_constants = wants[n_carry : n_carry + n_inputs], wants[n_carry + n_inputs :]
 
-        trained_grads = iter(grad_trained)
-        grad_constants = [next(trained_grads) if want else None for want in wants_constants]
-        return None, None, None, None, None, *grad_carry, *grad_inputs, *grad_constants
+    grad_inputs = [torch.zeros_like(t) if want else None for t, want in zip(inputs, wants_inputs, strict=True)]
+    constants = [_leaf(t, want) for t, want in zip(constants, wants_constants, strict=True)]
+    trained = [t for t in constants if t is not None and t.requires_grad]
+    grad_trained = [torch.zeros_like(t) for t in trained]
+
+    for first in reversed(range(0, len(spans), blocks_per_state)):
+        group = range(first, min(first + blocks_per_state, len(spans)))
+        offset = first // blocks_per_state * n_carry
+        leaves = tuple(_leaf(t, True) for t in kept[offset : offset + n_carry])
+        start, end = spans[group[0]][0], spans[group[-1]][1]
+        pieces = tuple(_leaf(t[..., start:end, :], want) for t, want in zip(inputs, wants_inputs, strict=True))
+        with torch.enable_grad():
+            carry, outputs = leaves, []
+            for block in group:
+                low, high = spans[block][0] - start, spans[block][1] - start
+                output, carry = body(block, carry, tuple(t[..., low:high, :] for t in pieces), tuple(constants))
+                outputs.append(output)
+            joined = torch.cat(outputs, dim=-2)
+        asked = [t for t in pieces if t.requires_grad]
+        grads = torch.autograd.grad(
+            [joined, *carry],
+            [*leaves, *asked, *trained],
+            [grad_outputs[..., start:end, :], *grad_carry],
+            allow_unused=True,
+        )
+        grad_carry = tuple(
+            torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(leaves, grads[:n_carry], strict=True)
+        )
+        piece_grads = iter(grads[n_carry : n_carry + len(asked)])
+        for grad_input in grad_inputs:
+            if grad_input is not None and (grad := next(piece_grads)) is not None:
+                grad_input[..., start:end, :] = grad
+        for total, grad in zip(grad_trained, grads[n_carry + len(asked) :], strict=True):
+            if grad is not None:
+                total += grad
+
+    trained_grads = iter(grad_trained)
+    grad_constants = [next(trained_grads) if want else None for want in wants_constants]
+    return None, None, None, None, None, *grad_carry, *grad_inputs, *grad_constants
 
 
 def _leaf(tensor: Tensor | None, want: bool) -> Any:

@@ -11,9 +11,9 @@ from torch import Tensor
 from nestling.memory.checks import check_choice, check_positive
 
 
-def l2norm(z: Tensor) -> Tensor:
-    """z / |z| over the last axis; vectors shorter than 1e-6 are divided by 1e-6, which bounds the gradient at zero."""
-    return F.normalize(z, dim=-1, eps=1e-6)
+def l2norm(z: Tensor, dim: int = -1) -> Tensor:
+    """z / |z| over the axis `dim`; vectors shorter than 1e-6 are divided by 1e-6, which bounds the gradient at zero."""
+    return F.normalize(z, dim=dim, eps=1e-6)
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,11 @@ class Rule:
         """Tokens between two snapshots of the memory `name`."""
         return self.chunk_size if name == "memory" else self.projection_chunk_size
 
-    def step(self, eta: Tensor, z: Tensor) -> Tensor:
-        """A layer's step for its input z (..., n): eta / (1 + eta |z|^2) is the proximal step of Eq. 56-57 for any norm."""
+    def step(self, eta: Tensor, z: Tensor, dim: int = -1) -> Tensor:
+        """A layer's step for its input z: eta / (1 + eta |z|^2) is the proximal step of Eq. 56-57 for any norm.
+
+        z has its features along `dim`; eta has size 1 there, or not that axis at all.
+        """
         if self.step_size == "direct":
             return eta
-        return eta / (1 + eta * torch.sum(z * z, dim=-1).view_as(eta))
+        return eta / (1 + eta * torch.sum(z * z, dim=dim, keepdim=eta.dim() == z.dim()))

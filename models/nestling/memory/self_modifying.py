@@ -86,10 +86,10 @@ def self_modifying_scan(
     )
     _check_tensors(x, queries, state)
     dtype = state_dtype(x.dtype)
-    heads = x.shape[1]
-    scalars = tuple(
-        _per_head(name, value, heads, x, dtype)
-        for name, value in (("eta_max", eta_max), ("eta_bias", eta_bias), ("alpha_bias", alpha_bias))
+    scalars = (
+        _per_head("eta_max", eta_max, x.shape[1], x, dtype),
+        _per_head("eta_bias", eta_bias, x.shape[1], x, dtype),
+        _per_head("alpha_bias", alpha_bias, x.shape[1], x, dtype),
     )
     with torch.autocast(x.device.type, enabled=False):
         state = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -43,17 +43,17 @@ class MemoryState:
         Raises:
             ValueError: a memory is missing or unknown, or a shape, dtype or device does not fit the others.
         """
-        weights = {name: tuple(layers) for name, layers in weights.items()}  # type: ignore[misc]
+        weights = {name: (w1, w2) for name, (w1, w2) in weights.items()}
         _check_weights(weights)
         return cls(weights, weights, weights, 0)
 
     def detach(self) -> MemoryState:
         """The same numbers cut off from the graph that made them (truncated backpropagation through time)."""
-        parts = (
+        weights, snapshots, base = (
             {name: (w1.detach(), w2.detach()) for name, (w1, w2) in part.items()}
             for part in (self.weights, self.snapshots, self.base)
         )
-        return replace(self, **dict(zip(("weights", "snapshots", "base"), parts, strict=True)))
+        return MemoryState(weights, snapshots, base, self.position)
 
 
 def _check_weights(weights: Weights) -> None:

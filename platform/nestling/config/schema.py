@@ -212,6 +212,11 @@ class JobConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed: got {self.seed}, needs a whole number from 0 to {2**32 - 1}")
+        if self.model.dtype != "float32":
+            raise ValueError(
+                f"model.dtype: got {self.model.dtype}; training keeps its weights in float32: leave model.dtype out "
+                "and choose the arithmetic with training.precision=bfloat16"
+            )
         self._check_levels()
         self._check_batch()
         if isinstance(self.model, HopeConfig):
