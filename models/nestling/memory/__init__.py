@@ -6,7 +6,7 @@ the same result from batched matrix products. Only torch is needed.
 """
 
 from nestling.memory.delta import delta_scan
-from nestling.memory.self_modifying import memory_gates, read_frozen, self_modifying_scan
+from nestling.memory.self_modifying import memory_gates, self_modifying_scan
 from nestling.memory.state import MEMORIES, MemoryState
 
-__all__ = ["MEMORIES", "MemoryState", "delta_scan", "memory_gates", "read_frozen", "self_modifying_scan"]
+__all__ = ["MEMORIES", "MemoryState", "delta_scan", "memory_gates", "self_modifying_scan"]

@@ -106,13 +106,6 @@ def self_modifying_scan(
     return outputs.to(x.dtype), state
 
 
-def read_frozen(state: MemoryState, queries: Tensor) -> Tensor:
-    """What unit-norm queries (B, H, T, D) read from `memory` as it stands, with no token writing: (B, H, T, D)."""
-    w1, w2 = to_state_dtype(state.weights)["memory"]
-    wide = queries.to(w2.dtype)
-    return (wide + F.silu(wide @ w2.mT) @ w1.mT).to(queries.dtype)
-
-
 def memory_gates(
     x: Tensor,
     state: MemoryState,

@@ -76,7 +76,7 @@ class HopeConfig(SkeletonConfig):
     #: Largest step size of the inner update; 2 permits negative eigenvalues.
     eta_max: float = 1.0
     #: Added to the eta memory's output before the sigmoid.
-    eta_bias: float = 0.0
+    eta_bias: float = -2.0
     #: Added to the alpha memory's output before the sigmoid; None spreads it over the heads by `horizons`.
     alpha_bias: float | None = None
     #: Shortest and longest retention horizon 1 / (1 - alpha) in tokens, spread over the heads; for alpha_bias=None.
@@ -92,7 +92,7 @@ class HopeConfig(SkeletonConfig):
     #: What the retention gate decays towards: the "initial" weights or "zero".
     decay_to: str = "initial"
     #: Which layers are written: all or last (w1 only).
-    write: str = "all"
+    write: str = "last"
     #: Hidden widths of the Continuum Memory System's levels, fastest first; filled from the job's `levels`.
     level_widths: list[int] = field(default_factory=lambda: [192, 192])
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestling.memory import MEMORIES, MemoryState, memory_gates, read_frozen, self_modifying_scan
+from nestling.memory import MEMORIES, MemoryState, memory_gates, self_modifying_scan
 from nestling.memory.rule import l2norm
 from nestling.memory.state import SCALAR_MEMORIES
 from nestling.models.config import HopeConfig
@@ -62,7 +62,7 @@ class SelfModifyingTitans(Mixer):
         depth: residual branches of the whole model; scales the output projection at initialisation.
     """
 
-    #: With False the memories stay as they are and are only read: the control that shows what the writes are worth.
+    #: With False every step size is zero: the control that shows what the writes are worth.
     writes: bool = True
     #: A list here collects (mean eta, mean alpha) of every call; see `nestling.evaluation`.
     gate_log: list[tuple[float, float]] | None = None
@@ -105,10 +105,7 @@ class SelfModifyingTitans(Mixer):
         inputs = l2norm(self._heads(self.input(convolved)))
         if self.gate_log is not None:
             self._log_gates(inputs, queries, memory)
-        if self.writes:
-            read, memory = self._scan(inputs, queries, memory)
-        else:
-            read = read_frozen(memory, queries)
+        read, memory = self._scan(inputs, queries, memory)
         read = self.norm(read).transpose(1, 2).flatten(2)
         return self.output(read * F.silu(self.gate(x))), MixerState(tail, memory)
 
@@ -120,7 +117,7 @@ class SelfModifyingTitans(Mixer):
             memory,
             chunk_size=self.chunk_size,
             projection_chunk_size=self.projection_chunk_size,
-            eta_max=c.eta_max,
+            eta_max=c.eta_max if self.writes else 0.0,
             eta_bias=c.eta_bias,
             alpha_bias=self.alpha_bias,
             objective=c.objective,
