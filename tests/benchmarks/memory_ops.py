@@ -30,7 +30,11 @@ Step = Callable[[], None]
 
 
 def self_modifying_step(tokens: int, backend: str) -> Step:
-    """One forward and backward pass; gradients of the inputs and of all ten weights."""
+    """One forward and backward pass; gradients of the inputs and of all ten weights.
+
+    The memories decay towards their initial weights, as in the models: towards zero they would die out over this many
+    tokens, and the arithmetic of denormal numbers, several times slower, would be what is measured.
+    """
     torch.manual_seed(0)
     x = torch.randn(BATCH, HEADS, tokens, WIDTH, requires_grad=True)
     queries = F.normalize(torch.randn(BATCH, HEADS, tokens, WIDTH), dim=-1).requires_grad_()
@@ -44,7 +48,9 @@ def self_modifying_step(tokens: int, backend: str) -> Step:
     leaves = [x, queries, *(layer for layers in weights.values() for layer in layers)]
 
     def step() -> None:
-        outputs, _ = self_modifying_scan(x, queries, state, chunk_size=CHUNK, eta_max=0.1, backend=backend)
+        outputs, _ = self_modifying_scan(
+            x, queries, state, chunk_size=CHUNK, eta_max=0.1, decay_to="initial", backend=backend
+        )
         torch.autograd.grad(outputs.sum(), leaves)
 
     return step

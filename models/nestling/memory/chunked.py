@@ -153,10 +153,9 @@ def _project(
     h = F.silu(frozen2[:, :, : 4 * hidden] @ x).unflatten(2, (4, hidden))
     h_projections, h_gates = h.split(2, dim=2)
     frozen_projections, frozen_gates, _ = frozen1.split((2, 2, 1), dim=2)
-    key, value = (frozen_projections @ h_projections).unbind(2)
+    k, v = l2norm(x.unsqueeze(2) + frozen_projections @ h_projections, dim=-2).unbind(2)
     eta, alpha = (frozen_gates[..., :1, :] @ h_gates).unbind(2)
-    eta, log_alpha = eta_max * torch.sigmoid(eta + eta_bias), F.logsigmoid(alpha + alpha_bias)
-    return l2norm(x + key, dim=-2), l2norm(x + value, dim=-2), eta, log_alpha
+    return k, v, eta_max * torch.sigmoid(eta + eta_bias), F.logsigmoid(alpha + alpha_bias)
 
 
 def _inner_error(k: Tensor, v: Tensor, frozen1: Tensor, frozen2: Tensor, rule: Rule) -> tuple[Tensor, Tensor, Tensor]:
