@@ -33,12 +33,14 @@ RATES = (2e-3, 5e-3, 1e-2)
 #: What is changed in the quickstart job; the first arm is the job as it is.
 MEMORY_ARMS = {
     "defaults": [],
-    "trained without writes (eta = 0)": ["model.eta_bias=-40"],
-    "paper's formula: erase all, write all, decay to zero": [
+    "trained without writes": ["model.eta_bias=-40"],
+    "both layers written": ["model.erase=all", "model.write=all"],
+    "the paper's formula": [
         "model.erase=all",
         "model.write=all",
         "model.decay_to=zero",
         "model.alpha_bias=4",
+        "model.eta_bias=0",
     ],
 }
 

@@ -76,7 +76,7 @@ class HopeConfig(SkeletonConfig):
     #: Largest step size of the inner update; 2 permits negative eigenvalues.
     eta_max: float = 1.0
     #: Added to the eta memory's output before the sigmoid.
-    eta_bias: float = -2.0
+    eta_bias: float = -4.0
     #: Added to the alpha memory's output before the sigmoid; None spreads it over the heads by `horizons`.
     alpha_bias: float | None = None
     #: Shortest and longest retention horizon 1 / (1 - alpha) in tokens, spread over the heads; for alpha_bias=None.
