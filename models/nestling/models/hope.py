@@ -160,7 +160,7 @@ def initial_memory(name: str, config: HopeConfig, hidden: int) -> tuple[Tensor, 
 def retention_biases(config: HopeConfig) -> Tensor:
     """alpha_bias of each head (H,): fixed, or retention horizons 1 / (1 - alpha) spread evenly in their logarithm."""
     if config.alpha_bias is not None:
-        return torch.full((config.heads,), config.alpha_bias)
+        return torch.full((config.heads,), float(config.alpha_bias))
     low, high = (math.log(horizon) for horizon in config.horizons)
     return (torch.linspace(low, high, config.heads).exp() - 1).log()
 
