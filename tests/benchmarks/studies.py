@@ -29,7 +29,7 @@ from nestling.models import build
 
 JOB = "jobs/quickstart.yaml"
 SEEDS = (0, 1, 2)
-RATES = (2e-3, 5e-3, 1e-2)
+RATES = (1e-3, 2e-3, 5e-3, 1e-2)
 #: What is changed in the quickstart job; the first arm is the job as it is.
 MEMORY_ARMS = {
     "defaults": [],

@@ -453,3 +453,18 @@ def test_the_picture_has_its_size_and_shows_each_curve(tmp_path: Path) -> None:
         assert pictures[-1].shape[:2] == (600, 1200)
     for fewer, more in zip(pictures, pictures[1:], strict=False):
         assert (fewer != more).any()
+
+
+BEGIN = """
+import sys
+from nestling.tracking import RunFolder, start
+print(start({}, RunFolder.create(sys.argv[1], "one"), None, "shared").experiment_id)
+"""
+
+
+def test_two_runs_may_begin_on_a_fresh_database(tmp_path: Path) -> None:
+    environment = {key: value for key, value in os.environ.items() if key != "MLFLOW_TRACKING_URI"}
+    arguments = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    both = [subprocess.Popen([sys.executable, "-c", BEGIN, str(tmp_path)], **arguments) for _ in range(2)]
+    (first, errors), (second, more) = (process.communicate(timeout=120) for process in both)
+    assert first.strip() == second.strip() != "", errors + more

@@ -7,8 +7,11 @@ nobody but the tracking server is called. Each of these is an environment variab
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -57,3 +60,17 @@ def connect(uri: str) -> MlflowClient:
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri)
+
+
+@contextmanager
+def first_use(uri: str) -> Iterator[None]:
+    """Let one process at a time make a sqlite database and its experiments: MLflow's migrations disturb each other."""
+    database = re.fullmatch(r"sqlite:///(.+)", uri)
+    if database is None:
+        yield
+        return
+    path = Path(f"{database[1]}.lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestling.tracking.client import TrackingError, connect, resolve_uri, shown
+from nestling.tracking.client import TrackingError, connect, first_use, resolve_uri, shown
 from nestling.tracking.runs import RunFolder
 from nestling.tracking.sender import Sender
 
@@ -54,8 +54,9 @@ def start(config: Mapping[str, Any], folder: RunFolder, uri: str | None, experim
     """
     uri = resolve_uri(uri, folder.path.parent)
     try:
-        client = connect(uri)
-        experiment_id = _experiment(client, experiment, uri, folder.path.parent / "mlartifacts")
+        with first_use(uri):
+            client = connect(uri)
+            experiment_id = _experiment(client, experiment, uri, folder.path.parent / "mlartifacts")
         tags = {
             "nestling.run_id": folder.run_id,
             "nestling.run_dir": str(folder.path),
