@@ -43,7 +43,7 @@ class Report:
     tokens: int
     #: Bits per byte in each of eight equal stretches of the sequence.
     bits_per_byte_by_position: list[float]
-    #: On the first `control_tokens` of the same text: with the memories writing, and with their writes switched off.
+    #: On `control_tokens` of the same text: with the memories writing, and with their writes switched off.
     control_tokens: int | None
     writes_on_bits_per_byte: float | None
     writes_off_bits_per_byte: float | None
@@ -88,17 +88,18 @@ def heldout_report(
 def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank: int, world: int) -> Report:
     heldout = corpus.heldout.tokens
     length = min(length, len(heldout) - 1)
-    rows = _rows(heldout, length)[: max(1, tokens // length)]
+    rows = _rows(heldout, length)
+    rows = rows[_spread(len(rows), tokens // length)]
     losses = _losses(model, rows, rank, world)
     gates = _gates(model, rows[:BATCH])
     mean = losses.mean().item()
     stretches = [part.mean().item() for part in losses.mean(0).tensor_split(min(POSITIONS, length))]
-    control = rows[: max(1, CONTROL_TOKENS // length)]
+    control = _spread(len(rows), CONTROL_TOKENS // length)
     writing = None
     if gates:
         with _writes_off(model):
-            still = _losses(model, control, rank, world).mean().item()
-        writing = losses[: len(control)].mean().item(), still
+            still = _losses(model, rows[control], rank, world).mean().item()
+        writing = losses[control].mean().item(), still
     copies = _copies(model, heldout, length, rank, world)
 
     def bits(nats: float) -> float:
@@ -124,6 +125,12 @@ def _rows(tokens: np.ndarray, length: int) -> np.ndarray:
     """(rows, length + 1) with one token shared between neighbours, so that each token is predicted once."""
     count = (len(tokens) - 1) // length
     return tokens[np.arange(count)[:, None] * length + np.arange(length + 1)].astype(np.int64)
+
+
+def _spread(count: int, wanted: int) -> np.ndarray:
+    """Numbers of `wanted` of `count` rows (at least one, at most all), evenly spread: a part stands for the whole."""
+    chosen = max(1, min(count, wanted))
+    return np.arange(chosen) * count // chosen
 
 
 def _losses(model: LanguageModel, rows: np.ndarray, rank: int, world: int) -> Tensor:
