@@ -21,7 +21,7 @@ from nestling.training.groups import parameter_groups
 from nestling.training.run import TrainingError
 from nestling.training.schedule import rate_factor
 
-STEPS = 20
+STEPS = 24
 TINY = [
     "model.width=32",
     "model.layers=1",
@@ -31,6 +31,7 @@ TINY = [
     "data.sequence_length=32",
     "training.batch_tokens=256",
     f"training.steps={STEPS}",
+    "training.warmup_steps=4",
     "training.log_every=1",
     "training.evaluate_every=10",
     "evaluation.tokens=512",
@@ -120,7 +121,7 @@ def probes(ray_local, job, tmp_path_factory):
             "bfloat16": ["training.precision=bfloat16", "training.zero_stage=0"],
             "bfloat16 zero2": ["training.precision=bfloat16", "training.zero_stage=2"],
         }
-        jobs = plain | changed if workers == 2 else {"zero0": plain["zero0"], "zero3": plain["zero3"]}
+        jobs = plain | changed if workers == 2 else plain
         settings = {
             "corpus": str(corpus.folder),
             "jobs": {
@@ -285,8 +286,9 @@ def test_schedules(job, schedule):
     training = job(f"training.schedule={schedule}", "training.steps=100", "training.warmup_steps=10").training
     factors = [rate_factor(step, training) for step in range(1, 101)]
     assert factors[:10] == pytest.approx([step / 10 for step in range(1, 11)])
-    assert factors[-1] == pytest.approx(training.final_learning_rate)
+    decayed = 20 if schedule == "wsd" else 90
+    assert training.final_learning_rate < factors[-1] < training.final_learning_rate + 2 / decayed
     assert all(a >= b for a, b in zip(factors[9:], factors[10:], strict=False))
     middle = {"cosine": 0.5 * (1 + math.cos(math.pi * 0.5)), "linear": 0.5, "wsd": 1.0}[schedule]
     low = training.final_learning_rate
-    assert factors[54] == pytest.approx(middle if schedule == "wsd" else low + (1 - low) * middle)
+    assert factors[55] == pytest.approx(middle if schedule == "wsd" else low + (1 - low) * middle)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 #: Part of every key: raise it when documents are cut, split or stored in another way.
-FORMAT = 1
+FORMAT = 2
 #: Documents fall into so many buckets by their hash; the lowest ones are held out.
 BUCKETS = 10_000
 
@@ -56,7 +56,8 @@ class Tokens:
     #: UTF-8 bytes of the text, without separators.
     bytes: int
     documents: int
-    #: Entropy of the histogram of those bytes: what a model scores that knows nothing but how often each byte occurs.
+    #: What a model scores that knows nothing but how often each token of this text occurs; separators left out. With
+    #: the byte tokenizer it is the entropy of the byte histogram.
     unigram_bits_per_byte: float
 
 
@@ -121,6 +122,7 @@ def _tokenizer(data: DataSettings) -> Tokenizer:
 def _commit(folder: Path, source: Source, tokenizer: Tokenizer, threshold: int) -> None:
     """Write a corpus beside `folder` and rename it; if another process was faster, its corpus is the same."""
     draft = Path(tempfile.mkdtemp(prefix=".", dir=folder.parent))
+    draft.chmod(0o755)  # a runs folder may be shared
     try:
         manifest = _write(draft, source, tokenizer, threshold)
         if manifest["heldout"]["documents"] == 0 or manifest["train"]["documents"] == 0:
@@ -142,7 +144,8 @@ def _write(draft: Path, source: Source, tokenizer: Tokenizer, threshold: int) ->
     """One pass over the source; returns the manifest."""
     dtype = np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<i4")
     buckets: list[int] = []
-    with _Writer(draft / "train.npy", dtype) as train, _Writer(draft / "heldout.npy", dtype) as heldout:
+    sides = (_Writer(draft / f"{side}.npy", dtype, tokenizer) for side in ("train", "heldout"))
+    with next(sides) as train, next(sides) as heldout:
         for row in _packed(source, tokenizer, threshold, dtype):
             if row["error"]:
                 raise DataError(f"data.source: {row['error']}")
@@ -192,12 +195,11 @@ def _pack(documents: pa.Table, tokenizer: Tokenizer, threshold: int, dtype: np.d
         if not chosen:
             continue
         ids = [part for _, text in chosen for part in (tokenizer.encode(text), [tokenizer.separator])]
-        raw = np.frombuffer("".join(text for _, text in chosen).encode(), dtype=np.uint8)
         row = {
             "heldout": heldout,
             "tokens": np.concatenate(ids).astype(dtype).tobytes(),
             "documents": len(chosen),
-            "histogram": np.bincount(raw, minlength=256),
+            "bytes": sum(len(text.encode()) for _, text in chosen),
             "lowest": min(chosen)[0],
             "highest": max(chosen)[0],
         }
@@ -206,7 +208,7 @@ def _pack(documents: pa.Table, tokenizer: Tokenizer, threshold: int, dtype: np.d
         "heldout": pa.bool_(),
         "tokens": pa.large_binary(),
         "documents": pa.int64(),
-        "histogram": pa.list_(pa.int64()),
+        "bytes": pa.int64(),
         "lowest": pa.int64(),
         "highest": pa.int64(),
         "error": pa.string(),
@@ -222,11 +224,11 @@ def bucket(text: str) -> int:
 class _Writer:
     """Appends tokens to a .npy file whose length is known only at the end."""
 
-    def __init__(self, path: Path, dtype: np.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, path: Path, dtype: np.dtype, tokenizer: Tokenizer) -> None:
+        self._dtype, self._separator = dtype, tokenizer.separator
         self._file = open(path, "wb")  # noqa: SIM115
-        self._documents = self._tokens = 0
-        self._histogram = np.zeros(256, dtype=np.int64)
+        self._documents = self._tokens = self._bytes = 0
+        self._histogram = np.zeros(tokenizer.vocab_size, dtype=np.int64)
         self._digest = hashlib.sha256()
 
     def __enter__(self) -> _Writer:
@@ -236,17 +238,20 @@ class _Writer:
     def append(self, row: dict[str, Any]) -> None:
         self._file.write(row["tokens"])
         self._digest.update(row["tokens"])
-        self._tokens += len(row["tokens"]) // self._dtype.itemsize
+        ids = np.frombuffer(row["tokens"], dtype=self._dtype)
+        self._tokens += len(ids)
         self._documents += row["documents"]
-        self._histogram += row["histogram"]
+        self._bytes += row["bytes"]
+        self._histogram += np.bincount(ids, minlength=len(self._histogram))
 
     def entry(self) -> dict[str, Any]:
         """What the manifest says about the file; the hash is that of the tokens, without the header."""
+        text = np.delete(self._histogram, self._separator)
         return {
             "tokens": self._tokens,
-            "bytes": int(self._histogram.sum()),
+            "bytes": self._bytes,
             "documents": self._documents,
-            "unigram_bits_per_byte": _entropy(self._histogram),
+            "unigram_bits_per_byte": _entropy(text) * int(text.sum()) / max(self._bytes, 1),
             "sha256": self._digest.hexdigest(),
         }
 
@@ -270,7 +275,7 @@ def _open_side(folder: Path, side: Side, entry: dict[str, Any]) -> Tokens:
 
 
 def _entropy(histogram: np.ndarray) -> float:
-    share = histogram[histogram > 0] / histogram.sum()
+    share = histogram[histogram > 0] / max(histogram.sum(), 1)
     return float(-(share * np.log2(share)).sum())
 
 

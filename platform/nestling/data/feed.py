@@ -62,10 +62,6 @@ class Feed:
             chosen[mine] = self._order(int(epoch))[places[mine]]
         return self._tokens[chosen[:, None] * self._length + np.arange(self._length + 1)].astype(np.int64)
 
-    def epoch(self, step: int) -> int:
-        """Number of the epoch, from 0, in which the batch of a step begins."""
-        return step * self._batch // self.sequences
-
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:
             # A batch is never longer than an epoch, so it touches two at most.

@@ -38,7 +38,7 @@ def engine_settings(config: JobConfig, world_size: int) -> dict[str, Any]:
 
 def make_engine(model: nn.Module, groups: list[dict[str, Any]], config: JobConfig, world_size: int) -> Any:
     """Wrap the model; `engine.optimizer` holds the sharded `Levels`."""
-    deepspeed = _import_deepspeed(torch.cuda.is_available() and config.training.device != "cpu")
+    deepspeed = _import_deepspeed(config.training.device == "cuda")
     settings = engine_settings(config, world_size)
     optimizer = Levels(groups, lr=config.training.learning_rate)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)

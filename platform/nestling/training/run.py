@@ -6,6 +6,7 @@ What can fail cheaply fails first: the tracking server before Ray, the data befo
 from __future__ import annotations
 
 import json
+import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,10 @@ from typing import Any
 from nestling.cluster import connected
 from nestling.config import JobConfig, to_mapping, to_yaml
 from nestling.data import Corpus, Feed, prepare
+from nestling.models import build
 from nestling.tracking import RunFolder, TrackedRun, finish, start
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[dict[str, float]], None]
 
@@ -56,8 +60,11 @@ def fit(config: JobConfig, folder: RunFolder, on_progress: Progress | None = Non
     """
     status, tracked = "failed", None
     try:
+        _check_levels(config)
         tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
-        with connected(config.training.workers, _gpus(config)):
+        wanted = config.training.workers
+        with connected(wanted, wanted if config.training.device == "cuda" else 0):
+            config = _on_device(config)
             corpus = prepare(config.data, Path(config.run.dir) / "cache")
             config = _complete(config, corpus)
             folder.config.write_text(to_yaml(config))
@@ -78,15 +85,36 @@ def fit(config: JobConfig, folder: RunFolder, on_progress: Progress | None = Non
             finish(tracked, folder, status, _figure(folder))
 
 
-def _gpus(config: JobConfig) -> int:
+def _check_levels(config: JobConfig) -> None:
+    """Find out before anything starts whether every level has parameters; the model is built without its numbers."""
     import torch
 
-    wanted = config.training.device
-    return config.training.workers if wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available()) else 0
+    from nestling.training.groups import parameter_groups
+
+    with torch.device("meta"):
+        parameter_groups(build(replace(config.model, vocab_size=config.model.vocab_size or 2)), config)
+
+
+def _on_device(config: JobConfig) -> JobConfig:
+    """Decide what `training.device=auto` means on this cluster: a GPU for each worker if there are enough."""
+    import ray
+
+    training = config.training
+    if training.device != "auto":
+        return config
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if 0 < gpus < training.workers:
+        log.warning(
+            "the cluster has %d GPUs for %d workers, so training runs on CPUs; training.workers=%d would use the GPUs",
+            gpus,
+            training.workers,
+            gpus,
+        )
+    return replace(config, training=replace(training, device="cuda" if gpus >= training.workers else "cpu"))
 
 
 def _complete(config: JobConfig, corpus: Corpus) -> JobConfig:
-    """Fill in the vocabulary; check that there is at least one batch before workers start."""
+    """Fill in the vocabulary and where the data is; check that there is at least one batch before workers start."""
     vocabulary = corpus.tokenizer.vocab_size
     if config.model.vocab_size not in (None, vocabulary):
         raise ValueError(
@@ -95,7 +123,10 @@ def _complete(config: JobConfig, corpus: Corpus) -> JobConfig:
         )
     length, training = config.data.sequence_length, config.training
     Feed(corpus.train, length, training.batch_tokens // length, config.seed)
-    return replace(config, model=replace(config.model, vocab_size=vocabulary))
+    data = config.data
+    if not data.source.startswith("embedded:"):
+        data = replace(data, source=str(Path(data.source).expanduser().resolve()))
+    return replace(config, data=data, model=replace(config.model, vocab_size=vocabulary))
 
 
 def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
@@ -105,7 +136,6 @@ def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: Tracke
 
     from nestling.training.worker import train_worker
 
-    gpus = _gpus(config)
     entry: Any = train_worker  # Ray's annotation leaves out that a worker may return something
     trainer = TorchTrainer(
         entry,
@@ -116,7 +146,7 @@ def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: Tracke
             "tracking_uri": tracked.uri,
             "mlflow_run_id": tracked.mlflow_run_id,
         },
-        scaling_config=ScalingConfig(num_workers=config.training.workers, use_gpu=gpus > 0),
+        scaling_config=ScalingConfig(num_workers=config.training.workers, use_gpu=config.training.device == "cuda"),
         run_config=RunConfig(
             name="ray",
             storage_path=str(folder.path),
@@ -149,14 +179,14 @@ def _followed(folder: RunFolder, on_progress: Progress | None) -> Iterator[None]
     done = threading.Event()
 
     def follow() -> None:
-        seen = 0
-        ended = False
-        while not ended:
-            ended = done.wait(0.2)
-            records = folder.records()
-            for record in records[seen:]:
-                on_progress(record)
-            seen = len(records)
+        folder.log.touch()
+        with folder.log.open(encoding="utf-8") as file:
+            ended, half = False, ""
+            while not ended:
+                ended = done.wait(0.2)
+                *lines, half = (half + file.read()).split("\n")
+                for line in lines:
+                    on_progress(json.loads(line))
 
     thread = threading.Thread(target=follow, daemon=True)
     thread.start()

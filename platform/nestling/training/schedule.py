@@ -14,9 +14,9 @@ def rate_factor(step: int, training: TrainingConfig) -> float:
     low, start, end = training.final_learning_rate, training.warmup_steps, training.steps
     if training.schedule == "wsd":
         start = max(start, end - (training.decay_steps or -(-end // 5)))
-    if step <= start:
+    if step <= start + 1:
         return 1.0
-    progress = (step - start) / max(end - start, 1)
+    progress = (step - 1 - start) / max(end - start, 1)  # of the decay, before this step: no step has a rate of zero
     if training.schedule == "cosine":
         return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
     return low + (1 - low) * (1 - progress)

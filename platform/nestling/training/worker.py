@@ -38,7 +38,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
 
     context = ray.train.get_context()
     config, folder = from_yaml(settings["config"]), RunFolder.open(settings["folder"])
-    device = ray.train.torch.get_device() if config.training.device != "cpu" else torch.device("cpu")
+    device = ray.train.torch.get_device() if config.training.device == "cuda" else torch.device("cpu")
     if device.type == "cpu":
         torch.set_num_threads(1)  # two threads on two busy cores were up to 19 times slower
         torch.set_flush_denormal(True)  # a memory that decays to zero gets there five times faster
