@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from nestling.data import Corpus, DataError, Tokens, open_source, prepare
 from nestling.data.corpus import BUCKETS, bucket
@@ -121,6 +121,19 @@ def test_a_tokenizer_file(ray_local: None, folder: Path, tmp_path: Path) -> None
     assert np.count_nonzero(corpus.train.tokens == 70_000) == corpus.train.documents
     (tmp_path / "tokenizer.json").unlink()
     assert Corpus.open(corpus.folder).tokenizer.separator == 70_000
+
+
+def test_the_chance_line_of_a_tokenizer_is_that_of_its_tokens(ray_local: None, folder: Path, tmp_path: Path) -> None:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], show_progress=False)
+    tokenizer.train([str(path) for path in sorted(folder.rglob("*.txt"))], trainer)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    side = prepare(Settings(str(folder), str(tmp_path / "tokenizer.json")), tmp_path / "cache").train
+    text = Counter(int(token) for token in side.tokens if token != 0)  # the first special token has the id 0
+    nats = -sum(count * math.log(count / text.total()) for count in text.values())
+    assert side.unigram_bits_per_byte == pytest.approx(nats / math.log(2) / side.bytes)
+    assert side.unigram_bits_per_byte < 0.95 * prepare(Settings(str(folder)), tmp_path).train.unigram_bits_per_byte
 
 
 def test_of_a_few_documents_the_lowest_hash_is_held_out(ray_local: None, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from nestling.models import build
 from nestling.tracking import RunFolder
 from nestling.training import fit
 from nestling.training.groups import parameter_groups
-from nestling.training.run import TrainingError
+from nestling.training.run import TrainingError, _on_device
 from nestling.training.schedule import rate_factor
 
 STEPS = 24
@@ -279,6 +279,13 @@ def test_a_level_of_nothing_is_refused(job):
     config = job("levels=[{parameters: [embeding*]}]")
     with pytest.raises(ConfigError, match=r"level level1: no parameter .* matches \['embeding\*'\]"):
         parameter_groups(build(replace(config.model, vocab_size=257)), config)
+
+
+@pytest.mark.parametrize(("gpus", "device"), [(0, "cpu"), (1, "cpu"), (2, "cuda")])
+def test_auto_is_a_gpu_only_if_every_worker_gets_one(job, monkeypatch, gpus, device):
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    assert _on_device(job("training.workers=2")).training.device == device
+    assert _on_device(job("training.workers=2", "training.device=cpu")).training.device == "cpu"
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
