@@ -108,6 +108,45 @@ def test_update_norms_are_what_moved():
     assert levels.pop_update_norms() == {}
 
 
+def test_a_missing_gradient_does_not_shift_the_period():
+    a, b = parameters((3,), (3,))
+    levels = Levels([{"params": [a, b], "period": 2, "optimizer": "sgd"}], lr=1.0)
+    start = b.detach().clone()
+    for step in range(1, 5):
+        a.grad, b.grad = torch.ones(3), None if step == 1 else torch.ones(3)
+        levels.step()
+        if step == 2:
+            torch.testing.assert_close(b.detach(), start - 1)
+    torch.testing.assert_close(b.detach(), start - 3)
+
+
+def test_a_level_without_gradients_stays():
+    (a,) = parameters((3,))
+    start = a.detach().clone()
+    levels = Levels([{"params": [a], "period": 2}], lr=1.0, weight_decay=0.1)
+    for _ in range(4):
+        levels.step()
+    assert torch.equal(a, start)
+
+
+def test_a_copy_goes_on_and_knows_its_updates():
+    (a,) = parameters((3,))
+    levels = Levels([{"params": [a], "name": "slow", "period": 2}], lr=0.1)
+    run(levels, a, gradients(5, (3,)))
+    again = copy_of(levels)
+    assert again.updates == {"slow": 2}
+    again.step()
+    loaded = Levels([{"params": [a], "name": "slow", "period": 2}], lr=0.1)
+    loaded.load_state_dict(levels.state_dict())
+    assert loaded.updates == {"slow": 2}
+
+
+def test_a_level_has_one_period():
+    a, b = parameters((3,), (3,))
+    with pytest.raises(ValueError, match="got periods of 1 steps and 2 steps, needs one period"):
+        Levels([{"params": [a], "name": "x"}, {"params": [b], "name": "x", "period": 2}])
+
+
 @pytest.mark.parametrize(
     ("setting", "message"),
     [

@@ -622,7 +622,7 @@ def test_errors_name_what_was_given_and_what_is_needed(change: dict, message: st
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"key": (torch.zeros(1), torch.zeros(1))}, r"weights: got the names \['key'\], needs \['alpha', 'eta', 'key'"),
+        ({"key": (torch.zeros(1), torch.zeros(1))}, r"weights: got the names \['key'\], needs \['key', 'value', 'eta'"),
         (zero_weights(key=(torch.zeros(1, 2, 3, 4), torch.zeros(4, 3))), r"weights\['key'\]\[1\]: got shape \(4, 3\)"),
         (zero_weights(eta=(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 4, 3))),
             r"weights\['eta'\]\[0\]: got shape \(1, 2, 3, 4\), needs \(B, H, out, N\) = \(1, 2, 1, 4\)"),
@@ -633,3 +633,37 @@ def test_errors_name_what_was_given_and_what_is_needed(change: dict, message: st
 def test_errors_of_initial_weights(weights: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MemoryState.initial(weights)
+
+
+@pytest.mark.parametrize("operation", ["delta", "self_modifying"])
+def test_a_second_derivative_is_refused_not_wrong(operation: str) -> None:
+    x = torch.randn(1, 2, 5, 3, dtype=torch.float64, requires_grad=True)
+    if operation == "delta":
+        gates = torch.full((1, 2, 5), -0.1, dtype=torch.float64), torch.full((1, 2, 5), 0.1, dtype=torch.float64)
+        outputs, _ = delta_scan(x, x, *gates, x, torch.randn(1, 2, 3, 3, dtype=torch.float64))
+    else:
+        weights = {name: (w1.double(), w2.double()) for name, (w1, w2) in zero_weights().items()}
+        outputs, _ = self_modifying_scan(x, x, MemoryState.initial(weights))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(outputs.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("read", ["before", "after"])
+@pytest.mark.parametrize("shut", [-60.0, -35.0])
+def test_float32_keeps_its_digits_behind_shut_gates(read: str, shut: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    z, delta, q = (torch.randn(1, 1, 64, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    z = z / z.norm(dim=-1, keepdim=True)
+    log_alpha = torch.full((1, 1, 64), -0.05, dtype=torch.float64)
+    log_alpha[..., :40:2] = shut
+    eta, initial = torch.full((1, 1, 64), 0.5, dtype=torch.float64), torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    exact, _ = delta_scan(z, delta, log_alpha, eta, q, initial, read=read, backend="reference")
+    single = (t.float() for t in (z, delta, log_alpha, eta, q, initial))
+    outputs, _ = delta_scan(*single, read=read, backend="chunked")
+    assert (outputs - exact).norm() < 1e-6 * exact.norm()
+
+
+def test_an_erase_of_the_other_operation_is_refused() -> None:
+    x, gate = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2)
+    with pytest.raises(ValueError, match="erase: got 'none', needs True or False"):
+        delta_scan(x, x, gate, gate, x, torch.zeros(1, 1, 3, 3), erase="none")  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nestling.memory import MEMORIES
+from nestling.memory import MEMORIES, MemoryState
 from nestling.models import HopeConfig, build
 from nestling.models.hope import mixers, retention_biases, set_chunk_size
 from nestling.models.sampling import generate
@@ -120,6 +120,16 @@ def test_memories_hold_what_they_learnt(head_width):
         for name in MEMORIES:
             for now, first in zip(block.memory.weights[name], block.memory.base[name], strict=True):
                 assert 0.3 <= (now.norm() / first.norm()).item() <= 3, name
+            assert not torch.equal(block.memory.weights[name][0], block.memory.base[name][0])
+
+
+def test_a_memory_that_decays_to_zero_does_not():
+    torch.manual_seed(0)
+    literal = {"erase": "all", "write": "all", "decay_to": "zero", "alpha_bias": 4, "eta_bias": 0}
+    model = build({"name": "hope", "vocab_size": 257, "width": 64, "layers": 1, "heads": 2, **literal})
+    with torch.no_grad():
+        _, (state,) = model(torch.randint(0, 257, (1, 4096)))
+    assert state.memory.weights["memory"][0].norm() < 0.01 * state.memory.base["memory"][0].norm()
 
 
 def test_writes_off_leaves_the_memories_alone():
@@ -138,6 +148,7 @@ def test_bfloat16_keeps_states_in_float32():
     model = build({"name": "hope", **TINY, "dtype": "bfloat16"})
     logits, state = model(tokens(2, 70))
     assert logits.dtype == torch.bfloat16
+    assert {layer.alpha_bias.dtype for layer in mixers(model)} == {torch.float32}
     assert {w.dtype for block in state for layers in block.memory.weights.values() for w in layers} == {torch.float32}
     wide = build({"name": "hope", **TINY})
     wide.load_state_dict(model.state_dict())
@@ -179,26 +190,44 @@ def test_sampling_is_seeded_and_stops():
         next(generate(model, prompt[:0], 3))
 
 
-def state_bytes(state):
-    return sum(
-        w.untyped_storage().nbytes()
-        for block in state
-        for part in (block.memory.weights, block.memory.snapshots)
-        for layers in part.values()
-        for w in layers
-    )
+def storages(part):
+    """Memory behind every tensor of a state, by its address: a view counts with all that it keeps alive."""
+    if isinstance(part, torch.Tensor):
+        storage = part.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    if isinstance(part, MemoryState):
+        part = vars(part)
+    if isinstance(part, dict):
+        part = part.values()
+    if isinstance(part, int):
+        return {}
+    return {address: size for piece in part for address, size in storages(piece).items()}
+
+
+def state_sizes(model, count):
+    """Bytes of the whole state after each of `count` tokens that `generate` writes."""
+    sizes = []
+
+    def measure(model, arguments, output):
+        logits, state = output
+        assert torch.isfinite(logits).all()
+        sizes.append(sum(storages(state).values()))
+
+    handle = model.register_forward_hook(measure)
+    assert len(list(generate(model.eval(), tokens(1, 1)[0], count))) == count
+    handle.remove()
+    return sizes[1:]
 
 
 @pytest.mark.slow
 def test_the_state_stays_the_same_size_for_16k_tokens():
-    model = build({"name": "hope", "vocab_size": 61, "width": 16, "layers": 1, "heads": 1}).eval()
-    sizes, state = set(), None
-    token = torch.zeros(1, 1, dtype=torch.int64)
-    with torch.inference_mode():
-        for position in range(16384):
-            logits, state = model(token, state)
-            token = logits[:, -1:].argmax(-1)
-            if position % 1024 == 1023:
-                sizes.add(state_bytes(state))
-    assert len(sizes) == 1
-    assert torch.isfinite(logits).all()
+    model = build({"name": "hope", "vocab_size": 61, "width": 16, "layers": 1, "heads": 1, "level_widths": [16]})
+    sizes = state_sizes(model, 16384)
+    # Within a chunk the snapshots are tensors of their own, at its boundary they are the weights.
+    assert len({max(sizes[start : start + 1024]) for start in range(0, 16384, 1024)}) == 1
+    assert min(sizes) > max(sizes) / 2
+
+
+def test_the_measure_sees_a_cache_that_grows():
+    sizes = state_sizes(tiny("transformer"), 20)
+    assert sizes == sorted(set(sizes))

@@ -58,6 +58,8 @@ def delta_scan(
         ValueError: a wrong shape, dtype, device, choice, or NaN in `log_alpha` or `eta`.
     """
     backend = check_backend(backend)
+    if not isinstance(erase, bool):
+        raise ValueError(f"erase: got {erase!r}, needs True or False")
     check_choice("read", read, ("before", "after", "boundary"))
     check_positive("blocks_per_state", blocks_per_state)
     _check_tensors(keys, local_grads, log_alpha, eta, queries, initial, base)

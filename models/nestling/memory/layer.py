@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-#: log(alpha) below this is a gate that is shut: its exponential is nothing beside 1, and differences stay exact.
-SHUT = {torch.float32: -40.0, torch.float64: -100.0}
+#: log(alpha) below this is a gate that is shut: its exponential is nothing beside 1, and infinity is kept out.
+SHUT = -100.0
 
 
 class Gates:
@@ -34,18 +34,21 @@ class Gates:
     """
 
     def __init__(self, log_alpha: Tensor, inclusive: bool) -> None:
-        log_alpha = log_alpha.clamp(min=SHUT[log_alpha.dtype])
+        log_alpha = log_alpha.clamp(min=SHUT)
         self.total = log_alpha.cumsum(dim=-1)
         self.previous = self.total - log_alpha
         self.reading = self.total if inclusive else self.previous
         with torch.no_grad():
-            last = self.total[..., -1:]
-            self.before, self.rest, self.end = self.previous.exp(), (last - self.total).exp(), last.exp()
+            # In float64: a sum over shut gates leaves nothing of float32's digits for the differences behind them.
+            dtype, exact = log_alpha.dtype, log_alpha.double()
+            total = exact.cumsum(dim=-1)
+            previous, last = total - exact, total[..., -1:]
+            self.before, self.rest, self.end = (t.exp().to(dtype) for t in (previous, last - total, last))
             # The exponents that are masked away may overflow.
-            self.earlier = (self.previous - self.total.mT).exp().triu(1)
+            self.earlier = (previous - total.mT).to(dtype).exp().triu(1)
             self.decay, self.ratio = self.before, self.earlier
             if inclusive:
-                self.decay, self.ratio = self.total.exp(), (self.total - self.total.mT).exp().triu()
+                self.decay, self.ratio = total.exp().to(dtype), (total - total.mT).to(dtype).exp().triu()
 
     def unsqueeze(self, dim: int) -> Gates:
         """The same gates for tensors with one more batch axis."""

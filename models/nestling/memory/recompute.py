@@ -39,6 +39,8 @@ def scan(
     Returns:
         The blocks' outputs, joined along axis -2, and the carry after the last block.
     """
+    if not torch.is_grad_enabled():
+        blocks_per_state = len(spans)  # nothing will be recomputed: keep no state on the way
     result = _Scan.apply(body, spans, blocks_per_state, len(carry), len(inputs), *carry, *inputs, *constants)
     return result[0], tuple(result[1:])
 
@@ -69,8 +71,11 @@ class _Scan(torch.autograd.Function):
         return torch.cat(outputs, dim=-2), *(t.clone() for t in carry)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_outputs: Tensor, *grad_carry: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "backend='chunked' has no second derivative (create_graph=True); backend='reference' has one"
+            )
         # As in the forward pass, whatever the caller's autocast says now.
         with torch.autocast(grad_outputs.device.type, enabled=False):
             return _backward(ctx, grad_outputs, *grad_carry)

@@ -19,7 +19,7 @@ from nestling.memory.checks import (
     state_dtype,
 )
 from nestling.memory.rule import Rule
-from nestling.memory.state import SCALAR_MEMORIES, MemoryState, to_state_dtype
+from nestling.memory.state import SCALAR_MEMORIES, MemoryState, check_weights, to_state_dtype
 
 
 def self_modifying_scan(
@@ -129,6 +129,8 @@ def memory_gates(
 
 def _per_head(name: str, value: float | Tensor, heads: int, x: Tensor, dtype: torch.dtype) -> Tensor:
     if not isinstance(value, Tensor):
+        if not isinstance(value, int | float):
+            raise ValueError(f"{name}: got {type(value).__name__}, needs a number or a tensor of shape (H,)")
         value = torch.full((heads,), float(value), dtype=dtype, device=x.device)
     check_shape(name, value, (heads,), "a number or (H,)")
     check_same(name, value, x, "x", dtypes=(x.dtype, torch.float32, torch.float64))
@@ -143,9 +145,13 @@ def _check_tensors(x: Tensor, queries: Tensor, state: MemoryState) -> None:
         got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"x: got {got}, needs a tensor of four axes (B, H, T, D)")
     check_float("x", x)
-    w2 = state.weights["key"][1]
     check_shape("queries", queries, tuple(x.shape), "(B, H, T, D)")
     check_same("queries", queries, x, "x", dtypes=(x.dtype,))
     batch, heads, _, width = x.shape
-    check_shape("state.weights['key'][1]", w2, (batch, heads, w2.shape[2], width), "(B, H, N, D)")
+    check_weights("state.weights", state.weights)
+    w2 = state.weights["key"][1]
+    for part in ("weights", "snapshots", "base"):
+        check_weights(f"state.{part}", getattr(state, part), (batch, heads, w2.shape[2], width))
     check_same("state.weights", w2, x, "x", dtypes=(x.dtype, state_dtype(x.dtype)))
+    if state.position < 0:
+        raise ValueError(f"state.position: got {state.position}, needs at least 0")

@@ -19,7 +19,7 @@ Layers = tuple[Tensor, Tensor]
 Weights = Mapping[str, Layers]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MemoryState:
     """What a stream carries from call to call of `self_modifying_scan`.
 
@@ -43,8 +43,10 @@ class MemoryState:
         Raises:
             ValueError: a memory is missing or unknown, or a shape, dtype or device does not fit the others.
         """
-        weights = {name: (w1, w2) for name, (w1, w2) in weights.items()}
-        _check_weights(weights)
+        if not isinstance(weights, Mapping):
+            raise ValueError(f"weights: got {type(weights).__name__}, needs a mapping of {', '.join(MEMORIES)}")
+        weights = dict(weights)
+        check_weights("weights", weights)
         return cls(weights, weights, weights, 0)
 
     def detach(self) -> MemoryState:
@@ -56,20 +58,28 @@ class MemoryState:
         return MemoryState(weights, snapshots, base, self.position)
 
 
-def _check_weights(weights: Weights) -> None:
+def check_weights(where: str, weights: Weights, shape: tuple[int, ...] | None = None) -> None:
+    """Raise ValueError unless `weights` holds five memories that fit each other, and `shape` (B, H, N, D) if given."""
     if set(weights) != set(MEMORIES):
-        raise ValueError(f"weights: got the names {sorted(weights)}, needs {sorted(MEMORIES)}")
+        raise ValueError(f"{where}: got the names {list(weights)}, needs {list(MEMORIES)}")
+    for name in MEMORIES:
+        layers = weights[name]
+        if not isinstance(layers, tuple | list) or len(layers) != 2 or not all(isinstance(w, Tensor) for w in layers):
+            raise ValueError(f"{where}[{name!r}]: got {type(layers).__name__}, needs a pair of tensors (w1, w2)")
     key_w2 = weights["key"][1]
-    check_shape("weights['key'][1]", key_w2, tuple(key_w2.shape) if key_w2.dim() == 4 else (-1,) * 4, "(B, H, N, D)")
-    check_float("weights['key'][1]", key_w2)
-    batch, heads, hidden, width = key_w2.shape
+    like = f"{where}['key'][1]"
+    if shape is None:
+        shape = tuple(key_w2.shape) if key_w2.dim() == 4 else (-1,) * 4
+    check_shape(like, key_w2, shape, "(B, H, N, D)")
+    check_float(like, key_w2)
+    batch, heads, hidden, width = shape
     for name in MEMORIES:
         w1, w2 = weights[name]
         out = 1 if name in SCALAR_MEMORIES else width
-        check_shape(f"weights[{name!r}][0]", w1, (batch, heads, out, hidden), "(B, H, out, N)")
-        check_shape(f"weights[{name!r}][1]", w2, (batch, heads, hidden, width), "(B, H, N, D)")
+        check_shape(f"{where}[{name!r}][0]", w1, (batch, heads, out, hidden), "(B, H, out, N)")
+        check_shape(f"{where}[{name!r}][1]", w2, (batch, heads, hidden, width), "(B, H, N, D)")
         for part in (w1, w2):
-            check_same(f"weights[{name!r}]", part, key_w2, "weights['key'][1]", dtypes=(key_w2.dtype,))
+            check_same(f"{where}[{name!r}]", part, key_w2, like, dtypes=(key_w2.dtype,))
 
 
 def to_state_dtype(weights: Weights) -> dict[str, Layers]:

@@ -9,6 +9,7 @@ Parameters of a block of width d with H heads of width D and memories of width N
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -128,18 +129,27 @@ class SelfModifyingTitans(Mixer):
             write=c.write,
         )
 
+    @torch.no_grad()
     def _log_gates(self, inputs: Tensor, queries: Tensor, memory: MemoryState) -> None:
         """Mean eta and alpha of these tokens: chunk by chunk, because the gates are made by the frozen snapshots."""
         assert self.gate_log is not None
-        size = min(self.chunk_size, self.projection_chunk_size or self.chunk_size)
-        etas, alphas = [], []
-        for start in range(0, inputs.shape[2], size):
-            piece = inputs[:, :, start : start + size]
-            eta, alpha = memory_gates(piece, memory, self.config.eta_max, self.config.eta_bias, self.alpha_bias)
+        size, eta_max = self.projection_chunk_size or self.chunk_size, self.config.eta_max if self.writes else 0.0
+        start, etas, alphas = 0, [], []
+        while start < inputs.shape[2]:
+            end = start + size - memory.position % size
+            piece = inputs[:, :, start:end]
+            eta, alpha = memory_gates(piece, memory, eta_max, self.config.eta_bias, self.alpha_bias)
             etas.append(eta)
             alphas.append(alpha)
-            memory = self._scan(piece, queries[:, :, start : start + size], memory)[1]
+            memory = self._scan(piece, queries[:, :, start:end], memory)[1]
+            start = end
         self.gate_log.append((torch.cat(etas, 2).mean().item(), torch.cat(alphas, 2).mean().item()))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfModifyingTitans:
+        """Gates are float32 whatever the parameters are cast to."""
+        super()._apply(fn, recurse)
+        self.alpha_bias = retention_biases(self.config).to(self.alpha_bias.device)
+        return self
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)

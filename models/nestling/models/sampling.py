@@ -26,7 +26,7 @@ def generate(
     top_k: int | None = None,
     stop: int | None = None,
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` tokens after `prompt` (T,) int64, T >= 1.
+    """An iterator over up to `max_tokens` tokens after `prompt` (T,) int64, T >= 1.
 
     Args:
         seed: of the draws; the same seed, prompt and model give the same text.
@@ -44,16 +44,27 @@ def generate(
             f"got max_tokens={max_tokens}, temperature={temperature}, top_k={top_k}; "
             "needs max_tokens >= 0, temperature >= 0, top_k >= 1 or None"
         )
-    generator = torch.Generator().manual_seed(seed)
-    state = None
-    for piece in prompt[None].split(PREFILL, dim=1):
-        logits, state = _step(model, piece, state)
+    return _tokens(model, prompt, max_tokens, torch.Generator().manual_seed(seed), temperature, top_k, stop)
+
+
+def _tokens(
+    model: LanguageModel,
+    prompt: Tensor,
+    max_tokens: int,
+    generator: torch.Generator,
+    temperature: float,
+    top_k: int | None,
+    stop: int | None,
+) -> Iterator[int]:
+    state, unread = None, prompt[None]
     for _ in range(max_tokens):
+        for piece in unread.split(PREFILL, dim=1):
+            logits, state = _step(model, piece, state)
         token = _draw(logits, temperature, top_k, generator)
         if token == stop:
             return
         yield token
-        logits, state = _step(model, prompt.new_full((1, 1), token), state)
+        unread = prompt.new_full((1, 1), token)
 
 
 @torch.inference_mode()

@@ -71,11 +71,13 @@ class LanguageModel(nn.Module):
         """Logits (B, T, V) for tokens (B, T), and the state after them.
 
         Raises:
-            ValueError: tokens that are not (B, T) int64.
+            ValueError: tokens that are not (B, T) int64, or the state of a model with another number of blocks.
         """
         if tokens.dim() != 2 or tokens.dtype != torch.int64:
             raise ValueError(f"tokens: got {tokens.dtype} of shape {tuple(tokens.shape)}, needs int64 of shape (B, T)")
         states = [None] * len(self.blocks) if state is None else state
+        if len(states) != len(self.blocks):
+            raise ValueError(f"state: got {len(states)} blocks, needs {len(self.blocks)}; it is another model's")
         x, after = self.embedding(tokens), []
         for block, before in zip(self._blocks(), states, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():

@@ -69,10 +69,28 @@ class Levels(torch.optim.Optimizer):
             weight_decay=weight_decay,
         )
         super().__init__(params, defaults)
-        for group in self.param_groups:
-            _check(group)
         self.updates: dict[str, int] = {group["name"]: 0 for group in self.param_groups}
         self._squared: dict[str, Tensor] = {}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a level, or parameters to a level of the same name. Raises ValueError as the constructor does."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        _check(group)
+        for other in self.param_groups:
+            if other["name"] == group["name"] and (other["period"], other["unit"]) != (group["period"], group["unit"]):
+                raise ValueError(
+                    f"level {group['name']!r}: got periods of {other['period']} {other['unit']} and {group['period']} "
+                    f"{group['unit']}, needs one period; give the groups different names"
+                )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._squared = {}
+        self.updates = {group["name"]: 0 for group in self.param_groups}
+        for group in self.param_groups:
+            made = [self.state[p]["updates"] for p in group["params"] if p in self.state]
+            self.updates[group["name"]] = max([self.updates[group["name"]], *made])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -83,8 +101,7 @@ class Levels(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._take_in(parameter, parameter.grad, group)
+                self._take_in(parameter, group)
         return loss
 
     def pop_update_norms(self) -> dict[str, Tensor]:
@@ -92,24 +109,30 @@ class Levels(torch.optim.Optimizer):
         norms, self._squared = self._squared, {}
         return norms
 
-    def _take_in(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+    def _take_in(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Count a step; a parameter without any gradient in a whole period stays, as in every torch optimizer."""
         state = self.state[parameter]
         if not state:
             state.update(steps=0, updates=0)
             if not _every_step(group):
-                state["accumulator"] = torch.zeros_like(parameter)
+                state.update(accumulator=torch.zeros_like(parameter), filled=False)
         state["steps"] += 1
+        gradient = parameter.grad
         if "accumulator" in state:
-            gradient = state["accumulator"].add_(gradient)
-        if not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):
+            if gradient is not None:
+                state["accumulator"].add_(gradient)
+                state["filled"] = True
+            gradient = state["accumulator"] if state["filled"] else None
+        if gradient is None or not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):
             return
         state["updates"] += 1
         change = COMPONENTS[group["optimizer"]](parameter, gradient, state, group)
         parameter.add_(change)
         if "accumulator" in state:
             state["accumulator"].zero_()
+            state["filled"] = False
         name = group["name"]
-        self.updates[name] = state["updates"]
+        self.updates[name] = max(self.updates.get(name, 0), state["updates"])
         self._squared[name] = self._squared.get(name, 0.0) + change.float().square().sum()
 
 
@@ -127,7 +150,7 @@ def _every_step(group: dict[str, Any]) -> bool:
 
 def _check(group: dict[str, Any]) -> None:
     level = f"level {group['name']!r}"
-    if not isinstance(group["period"], int) or group["period"] < 1:
+    if type(group["period"]) is not int or group["period"] < 1:
         raise ValueError(f"period of {level}: got {group['period']!r}, needs an integer of at least 1")
     if group["unit"] not in UNITS:
         raise ValueError(f"unit of {level}: got {group['unit']!r}, needs one of {', '.join(UNITS)}")
@@ -136,7 +159,7 @@ def _check(group: dict[str, Any]) -> None:
     if group["optimizer"] not in COMPONENTS:
         raise ValueError(f"optimizer of {level}: got {group['optimizer']!r}, needs one of {', '.join(COMPONENTS)}")
     for name in ("lr", "eps", "weight_decay", "momentum"):
-        if not group[name] >= 0:
+        if not isinstance(group[name], int | float) or not group[name] >= 0:
             raise ValueError(f"{name} of {level}: got {group[name]!r}, needs a number of at least 0")
-    if not all(0 <= beta < 1 for beta in group["betas"]):
+    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
         raise ValueError(f"betas of {level}: got {group['betas']!r}, needs two numbers in [0, 1)")
