@@ -117,7 +117,8 @@ def table(results: list[dict], tuning: dict) -> str:
 
     columns = {
         "held-out": "heldout_bits_per_byte",
-        "writes off": "writes_off_bits_per_byte",
+        "writes on (part)": "writes_on_bits_per_byte",
+        "writes off (same part)": "writes_off_bits_per_byte",
         "second copy": "second_copy_bits_per_byte",
         "after another": "after_another_bits_per_byte",
     }
