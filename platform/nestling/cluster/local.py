@@ -9,11 +9,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 #: Logical CPUs beside those of the workers: one for Ray Data's tasks, one for what they feed.
 SPARE_CPUS = 2
+#: Seconds in which a cluster that is there takes a connection. Ray itself would go on trying for minutes.
+ANSWER_SECONDS = 5.0
 
 
 class ClusterError(RuntimeError):
@@ -32,13 +38,15 @@ def connected(workers: int = 0, gpus: int = 0) -> Iterator[None]:
 
     ours = not ray.is_initialized()
     if ours:
-        _start(workers)
+        with _own_sigterm():
+            _start(workers)
     try:
         _check_room(workers, gpus)
         yield
     finally:
         if ours:
-            ray.shutdown()
+            with _own_sigterm():
+                ray.shutdown()
 
 
 def _start(workers: int) -> None:
@@ -47,8 +55,9 @@ def _start(workers: int) -> None:
     address = os.environ.get("RAY_ADDRESS")
     if address:
         try:
+            _knock(address)
             ray.init(address=address, logging_level=logging.WARNING)
-        except ConnectionError as error:
+        except (OSError, ValueError) as error:  # ConnectionError is an OSError, ValueError: no address at all
             raise ClusterError(
                 f"RAY_ADDRESS: no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`, "
                 "or unset RAY_ADDRESS to run on this machine alone"
@@ -56,6 +65,25 @@ def _start(workers: int) -> None:
     else:
         cpus = max(os.cpu_count() or 1, workers + SPARE_CPUS)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+
+
+def _knock(address: str) -> None:
+    """Raises OSError if nothing listens at host:port or ray://host:port; other addresses are left to Ray."""
+    place = urlsplit(address if "://" in address else f"//{address}")
+    if place.scheme in ("", "ray") and place.hostname and place.port:
+        socket.create_connection((place.hostname, place.port), timeout=ANSWER_SECONDS).close()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep this process's answer to SIGTERM: Ray puts its own in its place when it starts, and none when it stops."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        # Only the main thread may set a handler, and so only there did Ray; None was not set from Python.
+        if before is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check_room(workers: int, gpus: int) -> None:

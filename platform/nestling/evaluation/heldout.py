@@ -88,8 +88,7 @@ def heldout_report(
 def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank: int, world: int) -> Report:
     heldout = corpus.heldout.tokens
     length = min(length, len(heldout) - 1)
-    rows = _rows(heldout, length)
-    rows = rows[_spread(len(rows), tokens // length)]
+    rows = _rows(heldout, length, tokens // length)
     losses = _losses(model, rows, rank, world)
     gates = _gates(model, rows[:BATCH])
     mean = losses.mean().item()
@@ -121,10 +120,10 @@ def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank
     )
 
 
-def _rows(tokens: np.ndarray, length: int) -> np.ndarray:
-    """(rows, length + 1) with one token shared between neighbours, so that each token is predicted once."""
-    count = (len(tokens) - 1) // length
-    return tokens[np.arange(count)[:, None] * length + np.arange(length + 1)].astype(np.int64)
+def _rows(tokens: np.ndarray, length: int, wanted: int) -> np.ndarray:
+    """(rows, length + 1); neighbours share one token, so that each is predicted once. `wanted` rows, evenly spread."""
+    starts = _spread((len(tokens) - 1) // length, wanted) * length
+    return tokens[starts[:, None] + np.arange(length + 1)].astype(np.int64)
 
 
 def _spread(count: int, wanted: int) -> np.ndarray:
