@@ -39,7 +39,18 @@ def test_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with TrainingProgress(TRAINING) as show:
         for record in RECORDS:
             show(record)
-    assert "100/100 loss 2.000  held-out 4.250 bits per byte" in Text.from_ansi(screen.getvalue()).plain
+    assert "100/100 loss 2.000  held-out 4.250" in Text.from_ansi(screen.getvalue()).plain
+
+
+def test_bar_on_a_narrow_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = StringIO()
+    monkeypatch.setattr(progress, "terminal", Console(file=screen, force_terminal=True, width=80))
+    with TrainingProgress(TrainingConfig(steps=1000, batch_tokens=4096)) as show:
+        show({"step": 200, "train/loss": 3.5, "train/tokens_per_second": 1234.5, "heldout/bits_per_byte": 3.9})
+    (last,) = {line for line in Text.from_ansi(screen.getvalue()).plain.splitlines() if "200/1000" in line}
+    assert len(last.strip()) <= 80
+    bar, figures = last.strip().split(maxsplit=1)
+    assert (len(bar), figures) == (12, "200/1000 loss 3.500  1,234 tokens/s  44:14 left  held-out 3.900")
 
 
 def test_duration() -> None:

@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY = [
     *("training.workers=1", "training.zero_stage=0", "training.batch_tokens=128", "training.log_every=1"),
+    "training.warmup_steps=2",
     *("data.sequence_length=64", "model.width=32", "model.heads=1", "levels=[{width: 32, period: 2}]"),
     *("evaluation.tokens=128", "evaluation.final_tokens=256"),
 ]
@@ -64,6 +65,16 @@ def test_evaluate(runs: Path, trained: dict[str, Any]) -> None:
     assert found.keys() >= {"heldout_loss", "tokens"}
 
 
+def test_a_part_of_an_evaluation_leaves_its_record_alone(runs: Path, trained: dict[str, Any]) -> None:
+    record = Path(trained["run_dir"]) / "evaluation.json"
+    before = record.read_text()
+    for part in (("--tokens", "128"), ("evaluation.final_tokens=128",)):
+        ended = subprocess.run(**command(runs, "evaluate", trained["run_id"], *part, "--json"))
+        assert ended.returncode == 0, ended.stderr
+        assert json.loads(ended.stdout)["tokens"] == 128
+    assert record.read_text() == before
+
+
 def test_generate(runs: Path, trained: dict[str, Any]) -> None:
     arguments = ("generate", "latest", "--prompt", "The ", "--max-tokens", "12", "--seed", "3")
     found = json.loads(subprocess.run(**command(runs, *arguments, "--json")).stdout)
@@ -87,13 +98,14 @@ def test_a_training_that_fails_says_why_and_where_the_log_is(runs: Path, tmp_pat
     assert "Traceback" in log.read_text()
 
 
-def test_a_training_that_is_interrupted(runs: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_training_that_is_interrupted(runs: Path, number: signal.Signals) -> None:
     arguments = ("train", "quickstart", *TINY, "run.name=long", "training.steps=100000", "--json")
     with subprocess.Popen(**command(runs, *arguments)) as process:
         try:
             assert process.stderr is not None
             assert any(line.startswith("step ") for line in process.stderr)
-            process.send_signal(signal.SIGINT)
+            process.send_signal(number)
             out, err = process.communicate(timeout=120)
         finally:
             process.kill()
@@ -101,3 +113,6 @@ def test_a_training_that_is_interrupted(runs: Path) -> None:
     assert "interrupted" in err and "Traceback" not in err
     found = json.loads(out)
     assert found["status"] == "interrupted" and found["steps"] >= 1
+    assert found["tokens"] == 128 * found["steps"] and isinstance(found["tokens"], int)
+    listed = json.loads(subprocess.run(**command(runs, "runs", "--json")).stdout)["runs"][-1]
+    assert listed.items() >= {key: found[key] for key in ("run_id", "status", "steps", "tokens")}.items()

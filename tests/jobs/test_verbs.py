@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from nestling.config import from_yaml, load, to_mapping
 from nestling.jobs.app import app
+from nestling.jobs.evaluate import report
 from nestling.tracking import RunFolder, start
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,8 @@ ROOT = Path(__file__).parents[2]
 def _in_the_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("NESTLING_RUNS", str(tmp_path / "runs"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for variable in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(variable, raising=False)
 
 
 @pytest.fixture
@@ -93,13 +95,20 @@ def test_a_runs_folder_that_cannot_be_made(tmp_path: Path) -> None:
         ("export", "latest", "--out", "x", "--format", "pickle"),
         ("runs", "training.steps=3"),
         ("evaluate", "latest", "training.steps=3"),
+        ("generate", "latest", "--prompt", "x", "--seed", "-1"),
+        ("generate", "latest", "--prompt", "x", "--seed", str(2**64)),
         ("doctor", "run.dri=x"),
+        ("runs", "run.dir="),
+        ("--nosuchoption", "runs"),
     ],
 )
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     ended = nestling(*arguments)
     assert ended.exit_code == 2
     assert ended.stdout == "" and ended.stderr
+    with_json = nestling(*arguments, "--json")
+    assert with_json.exit_code == 2
+    assert isinstance(result(with_json)["error"], str) and with_json.stderr
 
 
 def test_runs(run: RunFolder, tmp_path: Path) -> None:
@@ -113,6 +122,23 @@ def test_runs(run: RunFolder, tmp_path: Path) -> None:
     assert result(nestling("runs", f"run.dir={tmp_path}/none", "--json")) == {"runs": []}
     table = nestling("runs").stdout
     assert run.run_id in table and "512,000" in table and "2.345" in table
+
+
+def test_names_are_not_cut_where_nobody_looks(tmp_path: Path) -> None:
+    name = "long-" * 30 + "name"
+    RunFolder.create(tmp_path / "runs", name)
+    assert f" {name} " in nestling("runs").stdout
+
+
+@pytest.mark.parametrize("how", [".", "link"])
+def test_export_to_an_empty_folder(run: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    ended = nestling("export", "latest", "--out", "." if how == "." else str(tmp_path / "link"), "--json")
+    assert ended.exit_code == 0, ended.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(result(ended)["files"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "out", "runs"]
 
 
 def test_export(run: RunFolder, tmp_path: Path) -> None:
@@ -160,6 +186,25 @@ def test_runs_that_cannot_be_used(verb: tuple[str, ...], tmp_path: Path) -> None
     assert "did you mean small?" in ended.stderr
 
 
+def test_evaluate_takes_keys_of_the_evaluation(run: RunFolder) -> None:
+    ended = nestling("evaluate", "latest", "evaluation.final_tokens=0")
+    assert ended.exit_code == 2
+    assert ended.stderr == "evaluation.final_tokens: got 0, needs at least 1\n"
+    ended = nestling("evaluate", "latest", "evaluation.tokns=1")
+    assert ended.exit_code == 2
+    assert "the nearest known one is evaluation.tokens" in ended.stderr
+
+
+def test_evaluation_in_words() -> None:
+    figures: dict[str, Any] = {"heldout_bits_per_byte": 2.5, "unigram_bits_per_byte": 4.5, "tokens": 2048}
+    figures |= {"bits_per_byte_by_position": [3.0, 2.0], "eta": [0.5], "alpha": [0.25], "control_tokens": 1024}
+    figures |= {"writes_on_bits_per_byte": 2.5, "writes_off_bits_per_byte": 3.0}
+    figures |= {"second_copy_bits_per_byte": None, "after_another_bits_per_byte": None}
+    lines = report(figures)
+    assert lines["memory"].endswith("3.000 with them switched off (+0.500), over 1,024 tokens")
+    assert lines["recall"] == "not measured: the held-out text is too short for two passages"
+
+
 def test_evaluate_names_a_missing_source(run: RunFolder, tmp_path: Path) -> None:
     ended = nestling("evaluate", "latest", "--data", str(tmp_path / "none"), "--json")
     assert ended.exit_code == 2
@@ -178,8 +223,20 @@ def test_ui_of_a_tracking_server() -> None:
     assert result(nestling("ui", f"tracking.uri={uri}", "--json")) == {"address": uri, "tracking_uri": uri}
 
 
+def test_ui_on_a_port_that_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mlflow.db").touch()
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ended = nestling("ui", "--port", str(port))
+    assert ended.exit_code == 2
+    assert f"--port: cannot listen on 127.0.0.1:{port}" in ended.stderr and "choose another --port" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
 @pytest.mark.slow
-def test_ui_serves_mlflow_until_it_is_interrupted(run: RunFolder) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ui_serves_mlflow_until_it_is_interrupted(run: RunFolder, number: signal.Signals) -> None:
     start({"seed": 0}, run, None, "nestling")
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -188,11 +245,13 @@ def test_ui_serves_mlflow_until_it_is_interrupted(run: RunFolder) -> None:
         try:
             assert "MLflow" in _page(f"http://127.0.0.1:{port}/")
         finally:
-            served.send_signal(signal.SIGINT)
+            served.send_signal(number)
         out, _ = served.communicate(timeout=30)
     assert served.returncode == 0
     uri = f"sqlite:///{run.path.parent}/mlflow.db"
     assert json.loads(out) == {"address": f"http://127.0.0.1:{port}", "tracking_uri": uri}
+    with pytest.raises(ConnectionRefusedError):  # no server is left behind
+        socket.create_connection(("127.0.0.1", port))
 
 
 def _page(address: str) -> str:
@@ -213,7 +272,24 @@ def test_doctor(tmp_path: Path) -> None:
     assert checks.keys() >= {"python", "cpu", "memory", "gpu", "memory backend", "c++ compiler", "disk", "runs folder"}
     assert all(check.keys() == {"name", "ok", "detail", "fix"} for check in found["checks"])
     assert found["ok"] is all(check["ok"] for check in found["checks"])
+    assert all(check["fix"] is None for check in found["checks"] if check["ok"])
     assert not (tmp_path / "runs").exists()
+
+
+def test_doctor_knocks_at_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found() -> tuple[dict[str, Any], dict[str, Any]]:
+        checks = {check["name"]: check for check in result(nestling("doctor", "--json"))["checks"]}
+        return checks["ray cluster"], checks["tracking"]
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        place = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", place)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:secret@{place}")
+        assert all(check["ok"] for check in found())
+    monkeypatch.setenv("RAY_ADDRESS", f"ray://{place}")
+    ray, tracking = found()
+    assert not ray["ok"] and f"RAY_ADDRESS=ray://{place} does not answer" in ray["detail"] and "unset" in ray["fix"]
+    assert not tracking["ok"] and "secret" not in tracking["detail"]
 
 
 def test_doctor_says_what_to_fix(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ SKELETON = {"vocab_size": 61, "width": 32, "layers": 1, "heads": 2, "dtype": "fl
 #: Strong writes and two chunk sizes that do not divide each other, so that every switch shows in 30 tokens.
 HOPE = {"name": "hope", "chunk_size": 8, "projection_chunk_size": 12, "eta_bias": -1.0, "level_widths": [24, 40]}
 TRANSFORMER = {"name": "transformer", "rope_base": 100.0, "mlp_width": 24}
-SHAPES = [{}, {"conv_width": 2}, {"memory_width": 24}, {"tie_head": True}, {"level_widths": []}]
+#: Fields of the configuration that the operation takes as they are.
 PASSED_ON = "chunk_size projection_chunk_size eta_bias objective erase step_size read decay_to write".split()
+SHAPES = [{}, {"conv_width": 2}, {"memory_width": 24}, {"tie_head": True}, {"level_widths": []}]
 SWITCHES = [
     {"chunk_size": 16},
     {"projection_chunk_size": 5},

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.config import (
@@ -24,6 +24,7 @@ from nestling.config import (
     to_mapping,
     to_yaml,
 )
+from nestling.data import Tokenizer
 from nestling.models.config import HopeConfig, TransformerConfig
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +65,15 @@ def test_overrides_reach_every_kind_of_value(job: Path) -> None:
     assert isinstance(config.model, HopeConfig) and config.model.horizons == [4.0, 8.0]
 
 
+def test_a_text_is_taken_as_it_stands(job: Path) -> None:
+    texts = ["run.name=007", "run.dir=/tmp/a #b", "tracking.experiment=yes", "levels.1.name=1e3", "tracking.uri=null"]
+    config = load(job, [*texts, "levels.0.parameters=[a, b]", "levels.0.width=null"])
+    assert (config.run.name, config.run.dir, config.tracking.experiment) == ("007", "/tmp/a #b", "yes")
+    assert (config.levels[1].name, config.tracking.uri) == ("1e3", None)
+    assert config.levels[0].parameters == ["a", "b"]
+    assert load(job, ["model.name=transformer", "model.dtype=float32"]).model.name == "transformer"
+
+
 def test_a_list_is_replaced_as_a_whole(job: Path) -> None:
     config = load(job, ["levels=[{period: 2, width: 8}]", "levels.0.period=3"])
     assert config.levels == [LevelConfig(8, 3, name="level1")]
@@ -76,6 +86,7 @@ def test_values_can_refer_to_each_other_and_to_defaults(job: Path) -> None:
     )
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 8), st.integers(1, 4), st.sampled_from(["cosine", "wsd", "linear"]))
 def test_yaml_round_trip(period: int, sequences: int, workers: int, schedule: str) -> None:
     training = TrainingConfig(batch_tokens=32 * sequences * workers, workers=workers, schedule=schedule)  # type: ignore[arg-type]
@@ -139,6 +150,9 @@ def test_without_that_change_the_keys_of_another_model_are_errors(job: Path) -> 
         ("levels=[{width: 8}, {widht: 8}]", "levels.1.widht: unknown key; the nearest known one is levels.1.width"),
         ("model.with=3", "model.with: unknown key; the nearest known one is model.width"),
         ("model.name=hop", "model.name: got 'hop', needs one of hope, transformer"),
+        ("model.name=[hope]", "model.name: got '[hope]', needs one of hope, transformer"),
+        ("model={name: [hope]}", "model.name: got ['hope'], needs one of hope, transformer"),
+        ("model.vocab_size=300", "model.vocab_size: got 300, the tokenizer has 257 tokens; leave model.vocab_size out"),
         ("training.steps=many", "training.steps: got 'many', needs a whole number"),
         ("training.steps=1.5", "training.steps: got 1.5, needs a whole number"),
         ("training.micro_batch=a", "training.micro_batch: got 'a', needs a whole number or null"),
@@ -160,6 +174,9 @@ def test_without_that_change_the_keys_of_another_model_are_errors(job: Path) -> 
         ("training.betas=[0.9, 1]", "training.betas: got [0.9, 1.0], needs two values from 0 to below 1"),
         ("data.heldout_percent=100", "data.heldout_percent: got 100.0, needs a value above 0 and below 100"),
         ("run.name=a/b", "run.name: got 'a/b', needs letters, digits,"),
+        ("run.name=null", "run.name: got None, needs text"),
+        ("run.dir=", "run.dir: got an empty text, needs a folder"),
+        ("run.dir=what?", "what? has a '?' in it, which MLflow's database cannot have in its path"),
         ("run.name=latest", "run.name: 'latest' stands for the newest run; choose another name"),
         ("seed=-1", "seed: got -1, needs a whole number from 0 to 4294967295"),
         ("model.heads=3", "model.heads: 3 heads do not divide model.width=64"),
@@ -180,15 +197,31 @@ def test_without_that_change_the_keys_of_another_model_are_errors(job: Path) -> 
             "training.micro_batch=3",
             "x training.micro_batch=3), so that every worker gets whole sequences; nearest: 1536",
         ),
+        ("data.source=", "data.source: got an empty text, needs a text file, a folder or embedded:<domain>"),
+        ("data.separator=</s>", "data.separator: got '</s>', but the byte tokenizer has a separator of its own"),
         ("data.source=no/such/folder", "no/such/folder does not exist"),
         ("data.source=embedded:englsh", "there is no embedded domain 'englsh', did you mean 'english'"),
         ("data.tokenizer=no/such/file", "there is no file no/such/file"),
     ],
 )
-def test_mistakes(job: Path, override: str, message: str) -> None:
+def test_mistakes(job: Path, override: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     with pytest.raises(ConfigError) as error:
         load(job, [override])
     assert message in str(error.value)
+
+
+def test_a_separator_that_the_tokenizer_does_not_have(job: Path, tmp_path: Path) -> None:
+    Tokenizer.bytes().save(tmp_path / "tokenizer.json")
+    with pytest.raises(ConfigError, match="its vocabulary has no token '</s>'; name one that it has"):
+        load(job, [f"data.tokenizer={tmp_path}/tokenizer.json", "data.separator=</s>"])
+
+
+def test_a_warm_up_as_long_as_the_training_is_worth_a_warning(job: Path, caplog: pytest.LogCaptureFixture) -> None:
+    load(job, ["training.warmup_steps=99"])
+    assert not caplog.records
+    load(job, ["training.warmup_steps=100"])
+    assert "training.warmup_steps=100 takes up all of training.steps=100" in caplog.text
 
 
 def test_unreadable_job_files(tmp_path: Path) -> None:
@@ -211,6 +244,10 @@ def test_unreadable_job_files(tmp_path: Path) -> None:
 
 def test_pick() -> None:
     assert pick(["run.dir=a=b"], "run.dir") == {"run.dir": "a=b"}
+    assert pick(["run.dir=007"], "run.dir") == {"run.dir": "007"}
+    for empty in ("run.dir=", "run.dir=null"):
+        with pytest.raises(ConfigError, match="run.dir: got no value; give one, or leave run.dir out for its default"):
+            pick([empty], "run.dir")
     with pytest.raises(ConfigError, match="run.dri: unknown key; the nearest known one is run.dir"):
         pick(["run.dri=a"], "run.dir")
 

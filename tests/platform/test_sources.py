@@ -88,3 +88,9 @@ def test_a_source_without_text(tmp_path: Path) -> None:
     write(tmp_path / "a.txt", "")
     with pytest.raises(DataError, match="no text in /.*: its 1 files are all empty"):
         open_source(str(tmp_path))
+
+
+def test_a_picture_among_the_texts_is_named_as_one(tmp_path: Path) -> None:
+    (tmp_path / "logo.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
+    with pytest.raises(DataError, match="looks binary, take it out of the source"):
+        list(read_text(str(tmp_path / "logo.txt")))

@@ -103,9 +103,21 @@ def test_update_merges_and_leaves_no_draft(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "latest", "two words"])
 def test_a_name_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"run\.name: got .* for example run\.name=my-run"):
+    with pytest.raises(ValueError, match=r"run\.name: (got .*, needs letters|'latest' stands for)"):
         RunFolder.create(tmp_path, name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_how_far_an_unfinished_run_came_stands_in_its_log(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "a")
+    assert folder.reached() == folder.info() | {"steps": None, "tokens": None, "train_loss": None}
+    records = [{"step": 10, "train/loss": 2.5, "train/tokens": 640.0}, {"step": 12, "heldout/loss": 2.25}]
+    folder.log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    reached = folder.reached()
+    assert (reached["steps"], reached["tokens"], reached["train_loss"]) == (12, 640, 2.5)
+    assert isinstance(reached["tokens"], int)
+    folder.update(steps=20, tokens=1280)
+    assert folder.reached() == folder.info()
 
 
 def test_runs_are_listed_newest_last_and_strangers_left_out(tmp_path: Path) -> None:
@@ -155,6 +167,13 @@ def test_the_uri_is_the_configured_then_the_environment_then_the_runs_folder(
     assert resolve_uri(None, "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert resolve_uri("sqlite:///here.db", "runs") == f"sqlite:///{tmp_path}/here.db"
     assert resolve_uri("sqlite:////abs/there.db", "runs") == "sqlite:////abs/there.db"
+
+
+def test_a_folder_that_a_sqlite_uri_cannot_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ValueError, match=r"run\.dir: .*/what\? has a '\?' in it.* choose another run\.dir"):
+        resolve_uri(None, tmp_path / "what?")
+    assert resolve_uri("http://server", tmp_path / "what?") == "http://server"
 
 
 def test_an_unreachable_server_is_a_clear_error_within_seconds(folder: RunFolder) -> None:
@@ -374,9 +393,9 @@ def test_a_stalled_mlflow_neither_slows_the_training_nor_holds_up_its_end(
     assert "the last values did not reach it; log.jsonl" in capfd.readouterr().err
 
 
-def test_mlflow_gone_at_the_end_does_not_fail_the_run(folder: RunFolder, capfd: pytest.CaptureFixture[str]) -> None:
+def test_mlflow_gone_at_the_end_does_not_fail_the_run(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     finish(TrackedRun("http://127.0.0.1:9", "a" * 32, "1"), folder, "finished")
-    assert f"everything is in {folder.path}" in capfd.readouterr().err
+    assert f"everything is in {folder.path}" in caplog.text
 
 
 @contextmanager

@@ -6,10 +6,15 @@ once.
 
 from __future__ import annotations
 
+import json
 import logging
-from typing import Annotated
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from nestling.jobs.config import config
 from nestling.jobs.doctor import doctor
@@ -21,8 +26,25 @@ from nestling.jobs.runs import runs
 from nestling.jobs.train import train
 from nestling.jobs.ui import ui
 
+
+class _Verbs(TyperGroup):
+    """The verbs; wrong usage, which no verb gets to see, ends with a JSON line too where that was asked for."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, **options: Any) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        try:
+            return super().main(given, *rest, **options)
+        except SystemExit as end:
+            # Typer has told the person and exits while it handles its own error.
+            message = getattr(end.__context__, "format_message", None)
+            if message is not None and "--json" in given:
+                print(json.dumps({"error": message()}))
+            raise
+
+
 app = typer.Typer(
     name="nestling",
+    cls=_Verbs,
     help="Train models that keep learning.",
     epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or configuration (nothing was started), 130 interrupted.",
     no_args_is_help=True,
@@ -41,6 +63,8 @@ for _verb in (train, evaluate, generate, export, runs, ui, config, doctor):
 
 
 def main() -> None:
+    # What kill, Docker and Slurm send ends like Ctrl-C: the run is marked, and nothing is left running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     app()
 
 

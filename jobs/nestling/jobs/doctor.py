@@ -9,42 +9,52 @@ import importlib.metadata
 import os
 import platform
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
-from rich.console import Console
 from rich.table import Table
 
+from nestling.config import ConfigError
 from nestling.jobs.arguments import AsJson, RunDir, runs_dir
-from nestling.jobs.output import FAILED, Stop, verb
+from nestling.jobs.output import FAILED, Stop, print_table, verb
+from nestling.tracking.client import resolve_uri, shown
 
 GIB = 2**30
 #: What a small job needs: Ray itself takes about 1 GiB, each worker 0.6 GiB.
 LEAST_MEMORY, LEAST_DISK = 2 * GIB, 1 * GIB
+#: Seconds in which a server has to take a connection.
+ANSWER_SECONDS = 3.0
 
 
 @dataclass
 class Check:
-    """One thing looked at; `fix` says what to do if it is not ok."""
+    """One thing looked at; `fix` says what to do, and is None if it is ok."""
 
     name: str
     ok: bool
     detail: str
     fix: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.ok:
+            self.fix = None
+
 
 @verb("ok", "checks")
 def doctor(overrides: RunDir = None, as_json: AsJson = False) -> dict[str, Any]:
     """Check the installation and the machine, and say what to fix."""
-    checks = [*_installation(), *_machine(), *_folder(runs_dir(overrides))]
+    folder = runs_dir(overrides)
+    checks = [*_installation(), *_machine(), *_servers(folder), *_folder(folder)]
     result = {"ok": all(check.ok for check in checks), "checks": [asdict(check) for check in checks]}
     if not as_json:
-        Console().print(_table(checks))
+        print_table(_table(checks))
     if not result["ok"]:
         raise Stop("not ready: " + ", ".join(check.name for check in checks if not check.ok), FAILED, result)
     return result
@@ -89,6 +99,33 @@ def _machine() -> Iterator[Check]:
     yield Check("memory backend", True, check_backend("auto"))
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     yield Check("c++ compiler", True, compiler or "none (not required)")
+
+
+def _servers(folder: Path) -> Iterator[Check]:
+    """Whether the Ray cluster and the tracking server that the environment names take a connection."""
+    if address := os.environ.get("RAY_ADDRESS"):
+        fix = "start a cluster with `ray start --head`, or unset RAY_ADDRESS to run on this machine alone"
+        url = address if "://" in address else f"//{address}"
+        yield _answers("ray cluster", f"RAY_ADDRESS={address}", url, ("", "ray"), fix)
+    try:
+        uri = resolve_uri(None, folder)
+    except ConfigError as error:
+        yield Check("tracking", False, str(error), "choose another folder with run.dir=DIR, or set MLFLOW_TRACKING_URI")
+    else:
+        fix = "start that server, or unset MLFLOW_TRACKING_URI"
+        yield _answers("tracking", shown(uri), uri, ("http", "https"), fix)
+
+
+def _answers(name: str, detail: str, url: str, schemes: tuple[str, ...], fix: str) -> Check:
+    """Connects to the host and port of a URL of one of these schemes; of others nothing is known."""
+    try:
+        place = urlsplit(url)
+        port = place.port or {"http": 80, "https": 443}.get(place.scheme)
+        if place.scheme in schemes and place.hostname and port:
+            socket.create_connection((place.hostname, port), timeout=ANSWER_SECONDS).close()
+    except (OSError, ValueError) as error:  # ValueError: not a port
+        return Check(name, False, f"{detail} does not answer: {error}", fix)
+    return Check(name, True, detail)
 
 
 def _folder(folder: Path) -> Iterator[Check]:

@@ -2,24 +2,37 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
-from nestling.jobs.arguments import AsJson, Run, RunDir, trained_run
+from nestling.config import EvaluationConfig, from_yaml, pick
+from nestling.jobs.arguments import AsJson, Run, trained_run
 from nestling.jobs.output import WRONG_USAGE, Stop, chatter_to, in_columns, say, verb
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="run.dir, or keys such as evaluation.final_tokens.", show_default=False),
+]
 
 
 @verb("run_id", "heldout_loss", "heldout_bits_per_byte", "unigram_bits_per_byte", "tokens")
 def evaluate(
     run: Run,
-    overrides: RunDir = None,
+    overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="Another text than the run's own: a path or embedded:NAME.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to read.")] = None,
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Evaluate a trained model on held-out text."""
-    folder = trained_run(run, overrides)
+    places = [override for override in overrides or () if override.startswith("run.dir=")]
+    changes = [override for override in overrides or () if override not in places]
+    pick(changes, *(f"evaluation.{field.name}" for field in fields(EvaluationConfig)))
+    folder = trained_run(run, places)
+    if changes:
+        config = from_yaml(folder.config.read_text(encoding="utf-8"), changes)
+        tokens = tokens or config.evaluation.final_tokens
     if data is not None:
         _check_source(data)
     say(f"evaluating {folder.run_id} ({folder.name}); Ray's output: {folder.ray_log}")
@@ -53,10 +66,15 @@ def report(figures: dict[str, Any]) -> dict[str, str]:
     }
     if figures["writes_off_bits_per_byte"] is not None:
         on, off = figures["writes_on_bits_per_byte"], figures["writes_off_bits_per_byte"]
-        lines["memory"] = f"{on:.3f} with the memories' writes, {off:.3f} with them switched off ({off - on:+.3f})"
+        lines["memory"] = (
+            f"{on:.3f} with the memories' writes, {off:.3f} with them switched off ({off - on:+.3f}), "
+            f"over {figures['control_tokens']:,} tokens"
+        )
         gates = ((", ".join(f"{value:.3f}" for value in figures[name])) for name in ("eta", "alpha"))
         lines["gates"] = "mean eta {}; mean alpha {} (layer by layer)".format(*gates)
-    if figures["second_copy_bits_per_byte"] is not None:
+    if figures["second_copy_bits_per_byte"] is None:
+        lines["recall"] = "not measured: the held-out text is too short for two passages"
+    else:
         again, other = figures["second_copy_bits_per_byte"], figures["after_another_bits_per_byte"]
         lines["recall"] = f"{again:.3f} for a passage read again, {other:.3f} after another one ({other - again:+.3f})"
     return lines

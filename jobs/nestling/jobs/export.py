@@ -39,7 +39,7 @@ def export(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Stop(f"--out: {out} exists and is not an empty folder; give a new one", WRONG_USAGE)
     files = [folder.weights, folder.config, folder.tokenizer]
-    _copy(files, out)
+    _copy(files, out.resolve())
     with (out / folder.weights.name).open("rb") as weights:
         sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
     if not as_json:
@@ -50,13 +50,19 @@ def export(
 
 
 def _copy(files: list[Path], out: Path) -> None:
-    """Copies files into the folder `out`, which appears with all of them or not at all."""
-    draft = out.resolve().with_name(f".{out.resolve().name}.{secrets.token_hex(4)}")
+    """Copies files into the folder `out`: a new one appears with all of them, one that is there gets the first last."""
+    exists = out.is_dir()
+    draft = (out if exists else out.parent) / f".{out.name}.{secrets.token_hex(4)}"
     draft.mkdir(parents=True)
     try:
         for file in files:
             shutil.copyfile(file, draft / file.name)
-        draft.replace(out)
+        if exists:
+            for file in reversed(files):
+                (draft / file.name).rename(out / file.name)
+            draft.rmdir()
+        else:
+            draft.rename(out)
     except BaseException:
         shutil.rmtree(draft)
         raise

@@ -24,7 +24,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="Text to go on from; an empty one starts a document.")],
     overrides: RunDir = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 200,
-    seed: Annotated[int, typer.Option(help="Of the draws: the same seed gives the same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many likeliest tokens only.")] = None,
     as_json: AsJson = False,

@@ -19,6 +19,8 @@ from typing import Any
 
 import typer
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
 from nestling.cluster.output import redirected
 from nestling.config import ConfigError
@@ -70,6 +72,14 @@ def say(message: str, style: str | None = None) -> None:
     """Prints a line for the person, whole, however long it is."""
     if message:
         terminal.print(message, style=style, markup=False, soft_wrap=True)
+
+
+def print_table(table: Table) -> None:
+    """Prints a table to standard output, whole where that is no terminal."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = Measurement.get(console, console.options.update(width=10_000), table).maximum
+    console.print(table)
 
 
 def in_columns(lines: Mapping[str, str]) -> str:

@@ -7,12 +7,14 @@ from types import TracebackType
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
 from nestling.config import TrainingConfig
 from nestling.jobs.output import say, terminal
 
 #: Seconds between two lines where there is no terminal.
 INTERVAL = 5.0
+_STARTING = "starting Ray, preparing data"
 
 
 class TrainingProgress:
@@ -29,19 +31,21 @@ class TrainingProgress:
 
     def __enter__(self) -> TrainingProgress:
         if terminal.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(20), MofNCompleteColumn())
             self._bar = Progress(
-                *columns,
-                TextColumn("{task.fields[figures]}"),
+                BarColumn(12),
+                MofNCompleteColumn(),
+                # What is left of a narrow terminal, so that bar and count stay whole.
+                TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+                expand=True,
                 console=terminal,
                 # Left alone, rich would bring back to the terminal what others print.
                 redirect_stdout=False,
                 redirect_stderr=False,
             )
-            self._task = self._bar.add_task("starting", total=self._training.steps, figures="Ray and data")
+            self._task = self._bar.add_task(_STARTING, total=self._training.steps)
             self._bar.start()
         else:
-            say("starting Ray, preparing data")
+            say(_STARTING)
         return self
 
     def __exit__(
@@ -55,13 +59,14 @@ class TrainingProgress:
         step, steps = int(record["step"]), self._training.steps
         heldout = record.get("heldout/bits_per_byte")
         if heldout is not None:
-            self._heldout = f"held-out {heldout:.3f} bits per byte"
+            self._heldout = f"held-out {heldout:.3f}"
         figures = "  ".join(filter(None, (*self._figures(record, step), self._heldout)))
         if self._bar is not None:
-            self._bar.update(self._task, description="training", completed=step, figures=figures)
+            self._bar.update(self._task, description=figures, completed=step)
         elif heldout is not None or step == steps or time.monotonic() - self._last_line >= INTERVAL:
             self._last_line = time.monotonic()
-            say(f"step {step}/{steps}  {figures}")
+            unit = " bits per byte" if self._heldout else ""
+            say(f"step {step}/{steps}  {figures}{unit}")
 
     def _figures(self, record: dict[str, Any], step: int) -> list[str]:
         figures = []

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from nestling.jobs.arguments import AsJson, RunDir, runs_dir
-from nestling.jobs.output import say, verb
+from nestling.jobs.output import print_table, say, verb
 from nestling.tracking.runs import list_runs
 
 KEYS = ("run_id", "name", "status", "steps", "tokens", "heldout_bits_per_byte")
@@ -18,10 +17,10 @@ KEYS = ("run_id", "name", "status", "steps", "tokens", "heldout_bits_per_byte")
 def runs(overrides: RunDir = None, as_json: AsJson = False) -> dict[str, Any]:
     """List the runs, the newest last."""
     folder = runs_dir(overrides)
-    found = [{key: info.get(key) for key in KEYS} for info in (run.info() for run in list_runs(folder))]
+    found = [{key: info.get(key) for key in KEYS} for info in (run.reached() for run in list_runs(folder))]
     if not as_json:
         if found:
-            Console().print(_table(found))
+            print_table(_table(found))
         else:
             say(f"no runs in {folder.resolve()}; nestling train quickstart makes one")
     return {"runs": found}

@@ -49,9 +49,7 @@ def train(job: Job, overrides: Overrides = None, as_json: AsJson = False) -> dic
 
 def _stop(folder: RunFolder, how: str, code: int) -> Stop:
     """The end of a run that did not finish; how far it came is in its log."""
-    last = (folder.records() or [{}])[-1]
-    reached = {"steps": last.get("step"), "tokens": last.get("train/tokens"), "train_loss": last.get("train/loss")}
-    info = {"run_dir": folder.path} | reached | folder.info()
+    info = {"run_dir": folder.path} | folder.reached()
     return Stop(f"run {folder.run_id} {how}\nlog: {folder.ray_log}", code, {key: info.get(key) for key in KEYS})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,21 @@ def ui(
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise Stop(f"{database} does not exist: nothing is tracked there yet; nestling train quickstart", WRONG_USAGE)
+    _check_port(host, port)
     address = f"http://{host}:{port}"
     say(f"{address}  (Ctrl-C to stop)")
     _serve(uri, host, port)
     return {"address": address, "tracking_uri": uri}
+
+
+def _check_port(host: str, port: int) -> None:
+    """MLflow itself would say on many lines that it cannot listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        fix = f"choose another --port, for example {port % 65535 + 1}, or --host"
+        raise Stop(f"--port: cannot listen on {host}:{port} ({error.strerror}); {fix}", WRONG_USAGE) from error
 
 
 def _serve(uri: str, host: str, port: int) -> None:
@@ -50,4 +62,4 @@ def _serve(uri: str, host: str, port: int) -> None:
         server.wait()
         return
     if code:
-        raise Stop(f"MLflow ended with code {code}; is port {port} taken? try --port {port % 65535 + 1}", FAILED)
+        raise Stop(f"MLflow ended with code {code}", FAILED)

@@ -48,9 +48,21 @@ def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
 
 def model_class(name: object) -> type[SkeletonConfig]:
     """The configuration class of the model called `name`; ConfigError if there is none."""
-    if name not in MODEL_CONFIGS:
+    if not isinstance(name, str) or name not in MODEL_CONFIGS:
         raise ConfigError(f"model.name: got {name!r}, needs one of {', '.join(MODEL_CONFIGS)}")
-    return MODEL_CONFIGS[str(name)]
+    return MODEL_CONFIGS[name]
+
+
+def holds_text(key: str) -> bool:
+    """Whether the field at a dotted key (`levels.0.name`) is a text, or a text or null, in any model."""
+    classes: list[Any] = [JobConfig]
+    hints: list[Any] = []
+    for part in key.split("."):
+        if not part.isdigit():
+            hints = [found[part] for found in map(get_type_hints, classes) if part in found]
+            classes = [each for hint in hints for each in (hint, *get_args(hint)) if is_dataclass(each)]
+            classes += MODEL_CONFIGS.values() if SkeletonConfig in classes else ()
+    return any(hint in (str, str | None) for hint in hints)
 
 
 def build(given: Mapping[str, Any]) -> JobConfig:

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from nestling.config.build import ConfigError, build, model_class, unknown_key
+from nestling.config.build import ConfigError, build, holds_text, model_class, unknown_key
 from nestling.config.schema import JobConfig
 from nestling.models.config import HopeConfig
 
@@ -28,12 +28,9 @@ def load(job: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
 
     `job` is a path, or the bare name of a file in `jobs/` of the current folder ("quickstart"). Raises ConfigError.
     """
-    given = _read(_find(job))
-    changes = [parse_override(override) for override in overrides]
-    _switch_model(given, changes)
-    for key, value in changes:
-        _change(given, key, value)
+    given = _override(_read(_find(job)), overrides)
     config = build(given)
+    _check_tracking(config)
     _check_data(config)
     _say_what_is_unused(given, config)
     return config
@@ -51,16 +48,18 @@ def to_yaml(config: JobConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(to_mapping(config)))
 
 
-def from_yaml(text: str) -> JobConfig:
-    """The inverse of `to_yaml`; the data need not be there. Raises ConfigError."""
-    return build(_parse(text, "the configuration"))
+def from_yaml(text: str, overrides: Sequence[str] = ()) -> JobConfig:
+    """The inverse of `to_yaml`, with overrides; the data need not be there. Raises ConfigError."""
+    return build(_override(_parse(text, "the configuration"), overrides))
 
 
 def parse_override(override: str) -> tuple[str, Any]:
-    """Splits `key=value`; the value is YAML. Raises ConfigError."""
+    """Splits `key=value`; the value is YAML, but a text stands for itself (and `null` for None). Raises ConfigError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"{override}: is no override, needs key=value, for example training.steps=100")
+    if holds_text(key):
+        return key, None if text == "null" else text
     try:
         return key, _plain(OmegaConf.from_dotlist([f"value={text}"]))["value"]
     except (YAMLError, OmegaConfBaseException) as error:
@@ -74,6 +73,8 @@ def pick(overrides: Sequence[str], *allowed: str) -> dict[str, str]:
         key, value = parse_override(override)
         if key not in allowed:
             raise unknown_key(key, allowed)
+        if value in (None, ""):
+            raise ConfigError(f"{key}: got no value; give one, or leave {key} out for its default")
         picked[key] = str(value)
     return picked
 
@@ -112,6 +113,14 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 def _plain(parsed: Any) -> Any:
     """Dictionaries and lists of what OmegaConf parsed; `${...}` stays text until the whole job is there."""
     return OmegaConf.to_container(parsed, resolve=False)
+
+
+def _override(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    changes = [parse_override(override) for override in overrides]
+    _switch_model(given, changes)
+    for key, value in changes:
+        _change(given, key, value)
+    return given
 
 
 def _switch_model(given: dict[str, Any], changes: list[tuple[str, Any]]) -> None:
@@ -153,20 +162,38 @@ def _index(node: Any, part: str, key: str, where: str) -> str | int:
     return int(part)
 
 
+def _check_tracking(config: JobConfig) -> None:
+    from nestling.tracking.client import resolve_uri
+
+    resolve_uri(config.tracking.uri, config.run.dir)
+
+
 def _check_data(config: JobConfig) -> None:
-    from nestling.data.errors import DataError  # numpy and tokenizers are only needed here
+    from nestling.data.corpus import open_tokenizer  # numpy and tokenizers are only needed here
+    from nestling.data.errors import DataError
     from nestling.data.sources import open_source
-    from nestling.data.tokenizer import Tokenizer
 
     try:
         open_source(config.data.source)
-        if config.data.tokenizer != "bytes":
-            Tokenizer.load(config.data.tokenizer, config.data.separator)
+        vocabulary = open_tokenizer(config.data).vocab_size
     except DataError as error:
         raise ConfigError(str(error)) from error
+    if config.model.vocab_size not in (None, vocabulary):
+        raise ConfigError(
+            f"model.vocab_size: got {config.model.vocab_size}, the tokenizer has {vocabulary} tokens; "
+            "leave model.vocab_size out to take the tokenizer's"
+        )
 
 
 def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
+    training = config.training
+    if training.warmup_steps >= training.steps:
+        log.warning(
+            "training.warmup_steps=%d takes up all of training.steps=%d: the learning rate rises until training "
+            "ends and does not reach its peak before; lower training.warmup_steps",
+            training.warmup_steps,
+            training.steps,
+        )
     if isinstance(config.model, HopeConfig):
         widths = config.model.level_widths
         if given["model"].get("level_widths", widths) != widths:

@@ -57,7 +57,7 @@ class RunConfig:
         _need_name("run.name", self.name)
         if self.name == "latest":
             raise ValueError("run.name: 'latest' stands for the newest run; choose another name")
-        if not self.dir:
+        if not self.dir.strip():
             raise ValueError("run.dir: got an empty text, needs a folder, for example run.dir=runs")
 
 

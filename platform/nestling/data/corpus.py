@@ -96,7 +96,7 @@ def prepare(data: DataSettings, cache: str | Path) -> Corpus:
     Raises:
         DataError: the source or the tokenizer is missing, empty, unreadable or too small to hold anything out.
     """
-    tokenizer = _tokenizer(data)
+    tokenizer = open_tokenizer(data)
     source = open_source(data.source)
     threshold = round(data.heldout_percent / 100 * BUCKETS)
     settings = [FORMAT, source.fingerprint(), tokenizer.definition, tokenizer.separator_name, threshold]
@@ -108,7 +108,8 @@ def prepare(data: DataSettings, cache: str | Path) -> Corpus:
     return Corpus.open(folder)
 
 
-def _tokenizer(data: DataSettings) -> Tokenizer:
+def open_tokenizer(data: DataSettings) -> Tokenizer:
+    """The tokenizer that a job names; raises DataError if it cannot be used."""
     if data.tokenizer != "bytes":
         return Tokenizer.load(data.tokenizer, data.separator)
     if data.separator is not None:

@@ -86,6 +86,8 @@ def open_source(spec: str) -> Source:
             near = "".join(f", did you mean {word!r}?" for word in difflib.get_close_matches(name, DOMAINS, n=1))
             raise DataError(f"data.source: there is no embedded domain {name!r}{near}; there are {', '.join(DOMAINS)}")
         return Source(spec, name, DOMAINS[name].parts(), DOMAINS[name].read)
+    if not spec.strip():
+        raise DataError("data.source: got an empty text, needs a text file, a folder or embedded:<domain>")
     root = Path(spec).expanduser()
     if not root.exists():
         fix = (
@@ -122,10 +124,12 @@ def _windows(path: str) -> Iterator[str]:
             except UnicodeDecodeError as error:
                 # What the decoder holds ends where the file has been read to.
                 offset = file.tell() - len(error.object) + error.start
-                raise DataError(
-                    f"{path}: byte {offset} (0x{error.object[error.start]:02x}) is not UTF-8; "
-                    "convert the file (iconv -f latin1 -t utf-8) or take it out of the source"
-                ) from None
+                if b"\0" in error.object:
+                    fix = "the file looks binary, take it out of the source"
+                else:
+                    fix = "convert the file (iconv -f latin1 -t utf-8) or take it out of the source"
+                byte = f"byte {offset} (0x{error.object[error.start]:02x})"
+                raise DataError(f"{path}: {byte} is not UTF-8; {fix}") from None
 
 
 def _cut(text: str, start: int) -> int:

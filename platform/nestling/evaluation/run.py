@@ -19,8 +19,9 @@ def evaluate(folder: RunFolder, source: str | None = None, tokens: int | None = 
 
     Args:
         folder: a finished run.
-        source: as `data.source`; None: the source the run was trained on, whose figures replace `evaluation.json`.
-        tokens: held-out tokens at most; None: the job's `evaluation.final_tokens`.
+        source: as `data.source`; None: the source the run was trained on.
+        tokens: held-out tokens at most; None: the job's `evaluation.final_tokens`. With neither argument it is the
+            evaluation of the run's end, and its figures replace `evaluation.json`.
 
     Raises:
         CheckpointError, DataError: what is missing, and how to fix it.
@@ -32,6 +33,6 @@ def evaluate(folder: RunFolder, source: str | None = None, tokens: int | None = 
     corpus = prepare(data, folder.path.parent / "cache")
     report = heldout_report(model, corpus, config, tokens or config.evaluation.final_tokens)
     figures = {"run_id": folder.run_id, "source": data.source, **report.as_dict()}
-    if source is None:
+    if source is None and tokens is None:
         folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n")
     return figures

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nestling.config import ConfigError
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -40,10 +42,19 @@ def resolve_uri(uri: str | None, runs_dir: str | Path) -> str:
     Returns:
         A URI that means the same in every process: a relative sqlite path is made absolute, because Ray's workers
         run in a folder of their own.
+
+    Raises:
+        ConfigError: the default database cannot be named by a URI.
     """
     chosen = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not chosen:
-        return f"sqlite:///{Path(runs_dir).expanduser().resolve() / 'mlflow.db'}"
+        database = Path(runs_dir).expanduser().resolve() / "mlflow.db"
+        if "?" in str(database):  # there the options of a sqlite URI begin, and nothing can escape it
+            raise ConfigError(
+                f"run.dir: {database.parent} has a '?' in it, which MLflow's database cannot have in its path; "
+                "choose another run.dir, or a tracking.uri"
+            )
+        return f"sqlite:///{database}"
     relative = re.fullmatch(r"sqlite:///([^/:].*)", chosen)
     return f"sqlite:///{Path(relative[1]).resolve()}" if relative else chosen
 

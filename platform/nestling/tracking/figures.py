@@ -60,7 +60,7 @@ def loss_figure(records: Sequence[Mapping[str, float]], path: Path, unigram: flo
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#c9cdd6")
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(loc="upper right", fontsize=12, labelcolor=_INK, framealpha=0.9, edgecolor="none")
+        axes.legend(loc="best", fontsize=12, labelcolor=_INK, framealpha=0.9, edgecolor="none")
     figure.savefig(path)
 
 

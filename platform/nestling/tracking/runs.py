@@ -10,7 +10,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from nestling.config import RunConfig
+
 LATEST = "latest"
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,9 @@ class RunFolder:
         """Make the folder of a new run, with the status `running`.
 
         Raises:
-            ValueError: the name cannot be a part of a folder name.
+            ValueError: the name cannot be a part of a folder name, or there is no folder.
         """
-        if not _NAME.fullmatch(name) or name == LATEST:
-            raise ValueError(
-                f"run.name: got {name!r}, needs letters, digits, '.', '_' and '-', beginning with a letter or a digit"
-                f", and not {LATEST!r}; for example run.name=my-run"
-            )
+        RunConfig(name, str(runs_dir))  # checks them
         root = Path(runs_dir).expanduser().resolve()
         root.mkdir(parents=True, exist_ok=True)
         run_id = secrets.token_hex(4)
@@ -132,6 +128,16 @@ class RunFolder:
             return []
         lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def reached(self) -> dict[str, Any]:
+        """`info` with `steps`, `tokens` and `train_loss`: of a run that did not finish, those of the log's end."""
+        info = self.info()
+        if info.get("steps") is None:
+            last = {key: value for record in self.records() for key, value in record.items()}
+            tokens = last.get("train/tokens")
+            info["steps"], info["train_loss"] = last.get("step"), last.get("train/loss")
+            info["tokens"] = None if tokens is None else int(tokens)
+        return info
 
 
 def list_runs(runs_dir: str | Path) -> list[RunFolder]:
