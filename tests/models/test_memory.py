@@ -667,3 +667,17 @@ def test_an_erase_of_the_other_operation_is_refused() -> None:
     x, gate = torch.zeros(1, 1, 2, 3), torch.zeros(1, 1, 2)
     with pytest.raises(ValueError, match="erase: got 'none', needs True or False"):
         delta_scan(x, x, gate, gate, x, torch.zeros(1, 1, 3, 3), erase="none")  # type: ignore[arg-type]
+
+
+def test_every_part_of_a_state_is_checked() -> None:
+    x = torch.zeros(1, 2, 5, 3)
+    good, wide = (
+        zero_weights(),
+        {n: (a.expand(3, -1, -1, -1), b.expand(3, -1, -1, -1)) for n, (a, b) in zero_weights().items()},
+    )
+    for part in ("snapshots", "base"):
+        state = MemoryState(**{"weights": good, "snapshots": good, "base": good, part: wide})
+        with pytest.raises(ValueError, match=rf"state\.{part}\['key'\]\[1\]: got shape \(3, 2, 4, 3\), needs"):
+            self_modifying_scan(x, x, state)
+    with pytest.raises(ValueError, match="state.position: got -1, needs at least 0"):
+        self_modifying_scan(x, x, MemoryState(good, good, good, -1))

@@ -150,8 +150,10 @@ def _check_tensors(x: Tensor, queries: Tensor, state: MemoryState) -> None:
     batch, heads, _, width = x.shape
     check_weights("state.weights", state.weights)
     w2 = state.weights["key"][1]
-    for part in ("weights", "snapshots", "base"):
-        check_weights(f"state.{part}", getattr(state, part), (batch, heads, w2.shape[2], width))
+    shape = (batch, heads, w2.shape[2], width)
+    check_shape("state.weights['key'][1]", w2, shape, "(B, H, N, D)")
+    for part in ("snapshots", "base"):
+        check_weights(f"state.{part}", getattr(state, part), shape)
     check_same("state.weights", w2, x, "x", dtypes=(x.dtype, state_dtype(x.dtype)))
     if state.position < 0:
         raise ValueError(f"state.position: got {state.position}, needs at least 0")

@@ -71,8 +71,9 @@ def fit(config: JobConfig, folder: RunFolder, on_progress: Progress | None = Non
             corpus.tokenizer.save(folder.tokenizer)
             with _followed(folder, on_progress):
                 result = _train(config, corpus, folder, tracked)
+        summary = _sum_up(folder, tracked, result)
         status = "finished"
-        return _sum_up(folder, tracked, result)
+        return summary
     except KeyboardInterrupt:
         status = "interrupted"
         raise
