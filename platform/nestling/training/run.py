@@ -116,18 +116,12 @@ def _on_device(config: JobConfig) -> JobConfig:
 
 def _complete(config: JobConfig, corpus: Corpus) -> JobConfig:
     """Fill in the vocabulary and where the data is; check that there is at least one batch before workers start."""
-    vocabulary = corpus.tokenizer.vocab_size
-    if config.model.vocab_size not in (None, vocabulary):
-        raise ValueError(
-            f"model.vocab_size: got {config.model.vocab_size}, the tokenizer has {vocabulary} tokens; "
-            "leave model.vocab_size out to take the tokenizer's"
-        )
     length, training = config.data.sequence_length, config.training
     Feed(corpus.train, length, training.batch_tokens // length, config.seed)
     data = config.data
     if not data.source.startswith("embedded:"):
         data = replace(data, source=str(Path(data.source).expanduser().resolve()))
-    return replace(config, data=data, model=replace(config.model, vocab_size=vocabulary))
+    return replace(config, data=data, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
 
 
 def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
