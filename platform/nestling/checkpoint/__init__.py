@@ -1,5 +1,25 @@
-"""What a run leaves behind: weights, configuration and tokenizer in its folder, and a model back from them."""
+"""What a run leaves behind: checkpoints to go on from, and the weights, configuration and tokenizer at its end.
 
-from nestling.checkpoint.final import CheckpointError, load_final, save_weights
+`pieces` cuts tensors so that any world size reads what any other wrote, `saver` writes a rank's share and commits in
+a thread, `store` finds, checks, opens and removes checkpoints; `final` gives a model back from a finished run.
+"""
 
-__all__ = ["CheckpointError", "load_final", "save_weights"]
+from nestling.checkpoint.errors import CheckpointError
+from nestling.checkpoint.final import load_final, save_weights
+from nestling.checkpoint.manifest import Checkpoint
+from nestling.checkpoint.pieces import Piece, Pieces, write_pieces
+from nestling.checkpoint.saver import Saver
+from nestling.checkpoint.store import OpenCheckpoint, Store
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "OpenCheckpoint",
+    "Piece",
+    "Pieces",
+    "Saver",
+    "Store",
+    "load_final",
+    "save_weights",
+    "write_pieces",
+]

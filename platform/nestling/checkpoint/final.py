@@ -10,15 +10,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nestling.checkpoint.errors import CheckpointError
 from nestling.config import JobConfig, from_yaml
 from nestling.data import Tokenizer
 from nestling.models import build
 from nestling.models.skeleton import LanguageModel
 from nestling.tracking import RunFolder
-
-
-class CheckpointError(RuntimeError):
-    """A run's files are missing or do not belong together."""
 
 
 def save_weights(weights: dict[str, Tensor], path: Path) -> None:

@@ -1,0 +1,200 @@
+"""The checkpoints of one run: found, checked, opened and thinned out.
+
+A checkpoint is a folder with a manifest, shards (safetensors) and documents (JSON, YAML), so reading one runs no code.
+Whatever is not exactly what its manifest says is named and left out; the checkpoint before it is then the newest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from nestling.checkpoint.draft import Draft, publish, remove_attempts
+from nestling.checkpoint.errors import CheckpointError
+from nestling.checkpoint.manifest import Checkpoint, is_folder_name, parse
+from nestling.checkpoint.pieces import Pieces
+from nestling.checkpoint.place import MANIFEST, Place
+
+SHARD = ".safetensors"
+"""How the names of files with pieces end; all other files are documents."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class OpenCheckpoint:
+    """A checkpoint ready to be read.
+
+    Attributes:
+        checkpoint: which one.
+        documents: the text of each file that is no shard, by name.
+        pieces: the tensors.
+    """
+
+    checkpoint: Checkpoint
+    documents: Mapping[str, str]
+    pieces: Pieces
+
+
+class Store:
+    """Checkpoints `<place>/step-00000120/`, in a local folder or at a URI of a pyarrow file system.
+
+    A local place must be one that all nodes see. A local checkpoint appears by one rename; a remote one when its
+    manifest is put, after all its files (see `draft`).
+
+    Args:
+        place: folder or URI; credentials in a URI are shown nowhere.
+        scratch: a local folder for files on their way to or from a remote place, this run's own.
+
+    Raises:
+        CheckpointError: the URI cannot be used.
+    """
+
+    def __init__(self, place: str | Path, scratch: Path | None = None) -> None:
+        self._place = Place(place, scratch)
+
+    def location(self, checkpoint: Checkpoint) -> str:
+        """Path or URI of a checkpoint, without credentials."""
+        return f"{self._place.address}/{checkpoint.name}"
+
+    def draft(self, step: int, token: str) -> Draft:
+        """Begin an attempt at a step's checkpoint, under a token that was never used before."""
+        return Draft(self._place, step, token)
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """The committed checkpoints, newest (highest step) first; a damaged manifest is logged and left out.
+
+        Raises:
+            OSError: the place cannot be listed.
+        """
+        found = []
+        for name in filter(is_folder_name, self._place.folders()):
+            try:
+                found.append(self._read_manifest(name))
+            except FileNotFoundError:
+                if self._place.folder:  # in a remote place it is a draft
+                    _log.warning("%s/%s is left out: its %s is missing", self._place.address, name, MANIFEST)
+            except ValueError as error:
+                _log.warning("%s/%s is left out: %s: %s", self._place.address, name, MANIFEST, error)
+        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    def problems(self, checkpoint: Checkpoint, rank: int = 0, world: int = 1) -> list[str]:
+        """Read every `world`-th file, beginning with number `rank`, and say what is not as it was written.
+
+        Returns:
+            A text for each damaged file with its path; empty if all is well. All ranks together see all files.
+        """
+        texts = []
+        for file in [MANIFEST, *checkpoint.files][rank::world]:
+            try:
+                problem = self._manifest_problem(checkpoint) if file == MANIFEST else self._problem(checkpoint, file)
+            except OSError as error:
+                problem = f"cannot be read: {error}"
+            if problem:
+                texts.append(f"{self.location(checkpoint)}/{file} {problem}")
+        return texts
+
+    def open(self, checkpoint: Checkpoint) -> OpenCheckpoint:
+        """Read the documents and open the shards; a remote checkpoint is fetched to the scratch folder and verified.
+
+        Local shards are taken as they are: `problems` verifies them, shared among the ranks.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+            OSError: the place cannot be reached, or the scratch folder cannot be written.
+        """
+        folder = self._place.folder / checkpoint.name if self._place.folder else self._fetch(checkpoint)
+        documents = {}
+        for file in checkpoint.files:
+            if not file.endswith(SHARD):
+                if self._place.folder and (problem := self._problem(checkpoint, file)):
+                    raise CheckpointError(f"{self.location(checkpoint)}/{file} {problem}")
+                documents[Path(file).name] = (folder / file).read_text(encoding="utf-8")
+        shards = [folder / file for file in checkpoint.files if file.endswith(SHARD)]
+        return OpenCheckpoint(checkpoint, documents, Pieces(shards))
+
+    def prune(self, keep: int, keep_best: int) -> list[Checkpoint]:
+        """Remove all but the newest `keep` checkpoints and the `keep_best` with the lowest metric.
+
+        Returns:
+            The ones removed. One whose manifest is damaged is not touched.
+        """
+        if keep < 1 or keep_best < 0:
+            raise ValueError(f"keep={keep} and keep_best={keep_best}: at least the newest checkpoint must be kept")
+        checkpoints = self.checkpoints()
+        measured = [checkpoint for checkpoint in checkpoints if checkpoint.metric is not None]
+        best = sorted(measured, key=lambda checkpoint: checkpoint.manifest["metric"])[:keep_best]  # newest of equals
+        kept = {checkpoint.step for checkpoint in checkpoints[:keep] + best}
+        removed = [checkpoint for checkpoint in checkpoints if checkpoint.step not in kept]
+        for checkpoint in removed:
+            self._place.remove(checkpoint.name)
+        return removed
+
+    def clear_drafts(self) -> None:
+        """Remove what killed processes left, here and in this node's scratch folder.
+
+        Call it while nothing is saved or open. A local draft that lacks nothing but its rename becomes a checkpoint.
+        """
+        if self._place.folder is None:
+            for name in filter(is_folder_name, self._place.folders()):
+                try:
+                    remove_attempts(self._place, self._read_manifest(name))
+                except FileNotFoundError:
+                    self._place.remove(name)
+                except ValueError:
+                    pass  # a damaged checkpoint, not a draft: `checkpoints` names it
+        for folder in self._place.workspace.glob(".step-*"):
+            if (folder / MANIFEST).exists() and not folder.with_name(folder.name[1:].partition(".")[0]).exists():
+                publish(folder)
+        for pattern in (".step-*", ".removed-*", ".fetched-*"):
+            for folder in self._place.workspace.glob(pattern):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _read_manifest(self, name: str) -> Checkpoint:
+        return parse(name, self._place.read(f"{name}/{MANIFEST}"))
+
+    def _manifest_problem(self, checkpoint: Checkpoint) -> str | None:
+        try:
+            same = self._read_manifest(checkpoint.name).manifest == checkpoint.manifest
+        except FileNotFoundError:
+            return "is missing"
+        except ValueError as error:
+            return f"is damaged: {error}"
+        return None if same else "was replaced: it describes another checkpoint of this step"
+
+    def _problem(self, checkpoint: Checkpoint, file: str, copy: BinaryIO | None = None) -> str | None:
+        """What is wrong with one file; `copy` gets its content."""
+        written = checkpoint.files[file]
+        try:
+            size, digest = self._place.digest(f"{checkpoint.name}/{file}", copy)
+        except FileNotFoundError:
+            return "is missing"
+        if size != written["bytes"]:
+            return f"has {size} bytes; {written['bytes']} were written"
+        if digest != written["sha256"]:
+            return f"was altered: its SHA-256 is {digest}, that of the written file {written['sha256']}"
+        return None
+
+    def _fetch(self, checkpoint: Checkpoint) -> Path:
+        """A verified copy in the scratch folder, made by the first process of this node that asks for it."""
+        folder = self._place.workspace / f".fetched-{checkpoint.name}-{checkpoint.manifest['sha256'][:16]}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for file in checkpoint.files:
+                target = folder / file
+                if target.exists():
+                    continue
+                target.parent.mkdir(exist_ok=True)
+                partial = target.with_name(f"{target.name}.part")
+                with partial.open("wb") as copy:
+                    problem = self._problem(checkpoint, file, copy)
+                if problem:
+                    raise CheckpointError(f"{self.location(checkpoint)}/{file} {problem}")
+                partial.replace(target)
+        return folder
