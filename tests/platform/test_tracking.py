@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import signal
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -23,16 +20,13 @@ from nestling.tracking import (
     TrackedRun,
     Tracker,
     TrackingError,
-    find_run,
     finish,
-    list_runs,
     resolve_uri,
     start,
 )
 from nestling.tracking import sender as sender_module
 from nestling.tracking import tracker as tracker_module
-from nestling.tracking.figures import loss_figure
-from nestling.tracking.tracker import flatten
+from nestling.tracking.parameters import flatten
 
 CONFIG = {
     "seed": 0,
@@ -52,6 +46,11 @@ def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
     return sorted((metric.step, metric.value) for metric in client(run).get_metric_history(run.mlflow_run_id, key))
 
 
+def in_order(run: TrackedRun, key: str) -> list[int]:
+    """The steps of a metric as MLflow orders its history."""
+    return [metric.step for metric in client(run).get_metric_history(run.mlflow_run_id, key)]
+
+
 def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -68,89 +67,16 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def folder(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> RunFolder:
+def folder(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return RunFolder.create(runs_dir, "quick")
+    folder = RunFolder.create(runs_dir, "quick")
+    with folder.claim():
+        yield folder
 
 
 @pytest.fixture
 def run(folder: RunFolder) -> TrackedRun:
     return start(CONFIG, folder, None, "tests")
-
-
-# Run folders
-
-
-def test_a_new_folder_is_running_and_can_be_opened_again(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path / "runs", "quick-start.1")
-    assert folder.path == tmp_path / "runs" / f"quick-start.1-{folder.run_id}"
-    assert len(folder.run_id) == 8 and int(folder.run_id, 16) >= 0
-    info = folder.info()
-    assert (info["run_id"], info["name"], info["status"]) == (folder.run_id, "quick-start.1", "running")
-    assert RunFolder.open(folder.path) == folder
-
-
-def test_update_merges_and_leaves_no_draft(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path, "a")
-    folder.update(steps=10, train_loss=1.5)
-    assert "finished" not in folder.info()
-    folder.update(status="failed", error="it broke")
-    info = folder.info()
-    assert (info["steps"], info["train_loss"], info["status"], info["error"]) == (10, 1.5, "failed", "it broke")
-    assert info["started"] < info["finished"]
-    assert [path.name for path in folder.path.iterdir()] == ["run.json"]
-
-
-@pytest.mark.parametrize("name", ["", "a/b", "../up", ".hidden", "latest", "two words"])
-def test_a_name_that_cannot_be_a_folder_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"run\.name: (got .*, needs letters|'latest' stands for)"):
-        RunFolder.create(tmp_path, name)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_how_far_an_unfinished_run_came_stands_in_its_log(tmp_path: Path) -> None:
-    folder = RunFolder.create(tmp_path, "a")
-    assert folder.reached() == folder.info() | {"steps": None, "tokens": None, "train_loss": None}
-    records = [{"step": 10, "train/loss": 2.5, "train/tokens": 640.0}, {"step": 12, "heldout/loss": 2.25}]
-    folder.log.write_text("".join(json.dumps(record) + "\n" for record in records))
-    reached = folder.reached()
-    assert (reached["steps"], reached["tokens"], reached["train_loss"]) == (12, 640, 2.5)
-    assert isinstance(reached["tokens"], int)
-    folder.update(steps=20, tokens=1280)
-    assert folder.reached() == folder.info()
-
-
-def test_runs_are_listed_newest_last_and_strangers_left_out(tmp_path: Path) -> None:
-    folders = [RunFolder.create(tmp_path, name) for name in ("z", "m", "a")]
-    (tmp_path / "mlartifacts").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "run.json").write_text("{")
-    assert list_runs(tmp_path) == folders
-    assert list_runs(tmp_path / "nowhere") == []
-
-
-def test_a_run_is_found_by_id_beginning_name_and_latest(tmp_path: Path) -> None:
-    for run_id, name in (("aabb0011", "first"), ("aabc0022", "twice"), ("ddee0033", "twice")):
-        folder = RunFolder(tmp_path / f"{name}-{run_id}", run_id, name)
-        folder.path.mkdir()
-        folder.update(run_id=run_id, name=name, started=run_id)
-    assert find_run(tmp_path, "aabb0011").run_id == "aabb0011"
-    assert find_run(tmp_path, "d").run_id == "ddee0033"
-    assert find_run(tmp_path, "twice").run_id == "ddee0033"
-    assert find_run(tmp_path, "latest").run_id == "ddee0033"
-    with pytest.raises(
-        LookupError, match=r"'aab' is the beginning of 2 run ids: aabb0011 \(first\), aabc0022 \(twice\)"
-    ):
-        find_run(tmp_path, "aab")
-    with pytest.raises(LookupError, match=r"no run 'frist' .* did you mean first\?.* ddee0033 \(twice\)"):
-        find_run(tmp_path, "frist")
-    with pytest.raises(LookupError, match="no run ''"):
-        find_run(tmp_path, "")
-
-
-def test_finding_without_any_run_says_how_to_make_one(tmp_path: Path) -> None:
-    with pytest.raises(LookupError, match=r"no runs in .*nestling train.*NESTLING_RUNS"):
-        find_run(tmp_path / "runs", "latest")
 
 
 # Where MLflow is
@@ -194,7 +120,7 @@ def test_a_deleted_experiment_is_named_with_the_way_out(folder: RunFolder, run: 
     gone = client(run).create_experiment("gone")
     client(run).delete_experiment(gone)
     with pytest.raises(TrackingError, match=r"'gone' was deleted .* tracking\.experiment=NAME or restore"):
-        start(CONFIG, folder, None, "gone")
+        start(CONFIG, RunFolder.create(folder.path.parent, "late"), None, "gone")
 
 
 def test_nothing_is_printed_and_mlflow_is_not_imported_before_it_is_needed(tmp_path: Path) -> None:
@@ -204,7 +130,7 @@ from nestling.tracking import RunFolder, Tracker, finish, start
 assert not {{"mlflow", "matplotlib", "torch"}} & set(sys.modules)
 folder = RunFolder.create({str(tmp_path / "runs")!r}, "quiet")
 run = start({{"seed": 0}}, folder, None, "nestling")
-tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+tracker = Tracker(folder, run.uri, run.mlflow_run_id)
 tracker.log({{"train/loss": 2.0}}, 1)
 tracker.close()
 finish(run, folder, "finished")
@@ -224,7 +150,7 @@ def test_a_run_from_start_to_finish(folder: RunFolder, run: TrackedRun) -> None:
     folder.config.write_text("seed: 0\n")
     folder.weights.write_bytes(b"weights " * 1000)
     folder.figure.write_bytes(b"picture")
-    tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+    tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     for step in range(1, 31):
         tracker.log({"train/loss": 5.0 / step, "levels/slow (odd)/updates": step // 4}, step)
     tracker.log({"heldout/loss": 1.25, "heldout/bits_per_byte": 1.8}, 30)
@@ -250,7 +176,7 @@ def test_the_weights_are_a_logged_model_without_copied_bytes(
     folder: RunFolder, run: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder.weights.write_bytes(os.urandom(200_000))
-    tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+    tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     tracker.log({"heldout/loss": 2.0, "heldout/bits_per_byte": 2.9}, 10)
     tracker.log({"heldout/loss": 1.0, "heldout/bits_per_byte": 1.4}, 20)
     tracker.close()
@@ -296,7 +222,7 @@ def test_flatten_keeps_every_leaf() -> None:
 
 
 def test_a_restarted_worker_records_no_step_twice(folder: RunFolder, run: TrackedRun) -> None:
-    tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+    tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     for step in (10, 20, 30):
         tracker.log({"train/loss": float(step)}, step)
     tracker.close()
@@ -304,25 +230,27 @@ def test_a_restarted_worker_records_no_step_twice(folder: RunFolder, run: Tracke
         file.write('{"step": 40, "train/lo')  # killed while writing
     assert [record["step"] for record in folder.records()] == [10, 20, 30]
 
-    tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+    tracker = Tracker(folder, run.uri, run.mlflow_run_id)
+    tracker.rewind(10)
     for step in (20, 30, 40):
-        tracker.log({"train/loss": float(step)}, step)
+        tracker.log({"train/loss": step + 0.5}, step)
     tracker.log({"heldout/loss": 1.0}, 40)
     tracker.close()
     lines = [json.loads(line) for line in folder.log.read_text().splitlines()]
     assert lines == [
         {"step": 10, "train/loss": 10.0},
-        {"step": 20, "train/loss": 20.0},
-        {"step": 30, "train/loss": 30.0},
-        {"step": 40, "train/loss": 40.0},
+        {"step": 20, "train/loss": 20.5},
+        {"step": 30, "train/loss": 30.5},
+        {"step": 40, "train/loss": 40.5},
         {"step": 40, "heldout/loss": 1.0},
     ]
-    assert [step for step, _ in history(run, "train/loss")] == [10, 20, 30, 40]
+    assert history(run, "train/loss") == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.5)]
+    assert in_order(run, "train/loss") == [10, 20, 30, 40]
     assert history(run, "heldout/loss") == [(40, 1.0)]
 
 
 def test_more_values_than_one_request_takes_all_arrive(folder: RunFolder, run: TrackedRun) -> None:
-    tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+    tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     for step in range(150):
         tracker.log({f"levels/level{level}/updates": float(step) for level in range(20)}, step)
     tracker.close()
@@ -333,7 +261,7 @@ def test_system_metrics_are_recorded_while_it_is_open(
     folder: RunFolder, run: TrackedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
-    tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+    tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     assert wait_for(lambda: len(history(run, "system/cpu_utilization_percentage")) >= 2, 10)
     tracker.close()
     samples = history(run, "system/system_memory_usage_percentage")
@@ -350,7 +278,7 @@ def test_what_mlflow_refuses_is_kept_and_sent_later_with_one_warning(
     database.execute("ALTER TABLE metrics RENAME TO elsewhere")
     database.commit()
     try:
-        tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+        tracker = Tracker(folder, run.uri, run.mlflow_run_id)
         for step in range(1, 11):
             tracker.log({"train/loss": float(step)}, step)
             time.sleep(0.05)
@@ -363,8 +291,8 @@ def test_what_mlflow_refuses_is_kept_and_sent_later_with_one_warning(
     tracker.close()
     assert history(run, "train/loss") == [(step, float(step)) for step in range(1, 12)]
     warnings = capfd.readouterr().err
-    assert warnings.count("the training goes on and they are sent later") == 1
-    assert "did not reach it" not in warnings
+    assert warnings.count("the training goes on and all is sent later") == 1
+    assert "nestling ui will send it" not in warnings and warnings.count("it has everything again") == 1
 
 
 def test_a_stalled_mlflow_neither_slows_the_training_nor_holds_up_its_end(
@@ -375,7 +303,7 @@ def test_a_stalled_mlflow_neither_slows_the_training_nor_holds_up_its_end(
     database = sqlite3.connect(run.uri.removeprefix("sqlite:///"), isolation_level=None)
     database.execute("BEGIN EXCLUSIVE")  # every request now waits
     try:
-        tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
+        tracker = Tracker(folder, run.uri, run.mlflow_run_id)
         slowest = 0.0
         for step in range(1, 101):
             began = time.perf_counter()
@@ -390,88 +318,12 @@ def test_a_stalled_mlflow_neither_slows_the_training_nor_holds_up_its_end(
         database.close()
     assert slowest < 0.2
     assert len(folder.records()) == 100
-    assert "the last values did not reach it; log.jsonl" in capfd.readouterr().err
+    assert "nestling ui will send it" in capfd.readouterr().err
 
 
 def test_mlflow_gone_at_the_end_does_not_fail_the_run(folder: RunFolder, caplog: pytest.LogCaptureFixture) -> None:
     finish(TrackedRun("http://127.0.0.1:9", "a" * 32, "1"), folder, "finished")
     assert f"everything is in {folder.path}" in caplog.text
-
-
-@contextmanager
-def server(place: Path, port: int) -> Iterator[None]:
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{place}/server.db", "--artifacts-destination", str(place / "served")]
-    with (place / "server.log").open("a") as log:
-        process = subprocess.Popen(command, cwd=place, stdout=log, stderr=log, start_new_session=True)
-    try:
-        assert wait_for(lambda: _answers(port), 120), (place / "server.log").read_text()
-        yield
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert wait_for(lambda: not _answers(port), 20)
-
-
-def _answers(port: int) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sender_module, "_RETRY", 0.5)
-    with closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    folder = RunFolder.create(tmp_path / "runs", "served")
-    folder.config.write_text("seed: 0\n")
-    folder.weights.write_bytes(b"weights")
-    with server(tmp_path, port):
-        run = start(CONFIG, folder, f"http://127.0.0.1:{port}", "tests")
-        tracker = Tracker(run.uri, run.mlflow_run_id, folder.log)
-        tracker.log({"train/loss": 1.0}, 1)
-        assert wait_for(lambda: history(run, "train/loss") == [(1, 1.0)], 20)
-    tracker.log({"train/loss": 2.0, "heldout/loss": 2.5}, 2)
-    time.sleep(3)
-    with server(tmp_path, port):
-        assert wait_for(lambda: len(history(run, "train/loss")) == 2, 30)
-        tracker.log({"train/loss": 3.0}, 3)
-        tracker.close()
-        finish(run, folder, "finished")
-        assert history(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
-        assert history(run, "heldout/loss") == [(2, 2.5)]
-        assert client(run).get_run(run.mlflow_run_id).info.status == "FINISHED"
-        assert [file.path for file in client(run).list_artifacts(run.mlflow_run_id)] == ["config.yaml"]
-        (model,) = client(run).search_logged_models([run.experiment_id])
-        assert model.params["path"] == folder.weights.as_uri()
-
-
-# The picture
-
-
-def test_the_picture_has_its_size_and_shows_each_curve(tmp_path: Path) -> None:
-    from matplotlib.image import imread
-
-    records = [{"step": step, "train/bits_per_byte": 2 + 6 * math.exp(-step / 100)} for step in range(0, 300, 5)]
-    records[7]["train/bits_per_byte"] = math.nan
-    heldout = [{"step": step, "heldout/bits_per_byte": 2.1 + 6 * math.exp(-step / 100)} for step in (100, 200, 295)]
-    pictures = []
-    for name, curves, unigram in (
-        ("none", [], None),
-        ("unigram", [], 4.2),
-        ("train", records, 4.2),
-        ("both", records + heldout, 4.2),
-    ):
-        loss_figure(curves, tmp_path / f"{name}.png", unigram, "a run")
-        pictures.append(imread(tmp_path / f"{name}.png"))
-        assert pictures[-1].shape[:2] == (600, 1200)
-    for fewer, more in zip(pictures, pictures[1:], strict=False):
-        assert (fewer != more).any()
 
 
 BEGIN = """

@@ -64,6 +64,12 @@ def shown(text: str) -> str:
     return re.sub(r"(://[^/@:\s]*):[^/@\s]*@", r"\1:***@", text)
 
 
+def reason(error: BaseException) -> str:
+    """Why MLflow did not do it, on one line: its own errors bring SQL and a stack of frames."""
+    lines = shown(str(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")
+
+
 def connect(uri: str) -> MlflowClient:
     """A client for `uri`; nothing is sent yet, so an unreachable server shows only at the first request."""
     for variable, value in _DEFAULTS.items():

@@ -2,7 +2,7 @@
 
 A run is a folder `<run.dir>/<name>-<run_id>/` whose `run.json` says how it stands. The folder is the record that later
 verbs start from and needs no server: MLflow gets a copy. `run.json` is replaced as a whole on every change, so a reader
-never sees half of it; one process (the driver) writes it.
+never sees half of it; one process (the driver) writes it, and holds the claim on the folder while it lives.
 """
 
 from __future__ import annotations
@@ -11,15 +11,24 @@ import difflib
 import json
 import os
 import secrets
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from nestling.config import RunConfig
+from nestling.tracking.files import Locked, is_locked, locked, replace_json
 
 LATEST = "latest"
+
+_CLAIM_PATIENCE = 1.0  # seconds: one who only looks whether there is a claim holds it for a moment
+
+
+class RunBusyError(RuntimeError):
+    """The run is being trained by another process; the message is complete and ready to print."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,16 @@ class RunFolder:
         return self.path / "log.jsonl"
 
     @property
+    def events(self) -> Path:
+        """One JSON object for each thing that happened besides steps, `events.jsonl`."""
+        return self.path / "events.jsonl"
+
+    @property
+    def mlflow(self) -> Path:
+        """What MLflow has not got yet, `mlflow/`."""
+        return self.path / "mlflow"
+
+    @property
     def ray_log(self) -> Path:
         """What Ray and DeepSpeed print, `ray.log`."""
         return self.path / "ray.log"
@@ -104,23 +123,58 @@ class RunFolder:
         return self.path / "loss.png"
 
     def info(self) -> dict[str, Any]:
-        """How the run stands: the content of `run.json`."""
-        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        """How the run stands: the content of `run.json`, with the status `stopped` in place of a `running` that is no
+        longer true because the driver was killed."""
+        info = self._written()
+        if info.get("status") == "running" and not self.claimed:
+            info["status"] = "stopped"
+        return info
+
+    def status(self) -> str:
+        """`running`, `finished`, `failed`, `interrupted`, or `stopped` when the driver was killed."""
+        return str(self.info().get("status"))
 
     def update(self, **fields: Any) -> None:
         """Merge `fields` into `run.json`; a status other than `running` also sets `finished` to the present time."""
         target = self.path / "run.json"
-        info = self.info() if target.exists() else {}
+        info = self._written() if target.exists() else {}
         if fields.get("status", "running") != "running":
             info["finished"] = _now()
         info.update(fields)
-        draft = target.with_suffix(".json.tmp")
-        with draft.open("w", encoding="utf-8") as file:
-            json.dump(info, file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(target)
+        replace_json(target, info)
+
+    @contextmanager
+    def claim(self) -> Iterator[None]:
+        """Be the one driver of this run while the block runs; a killed process loses its claim with its life.
+
+        Raises:
+            RunBusyError: another process is training the run.
+        """
+        try:
+            with locked(self._claim, _CLAIM_PATIENCE, pid=os.getpid(), host=socket.gethostname()):
+                yield
+        except Locked as busy:
+            by = f" by process {busy.holder['pid']} on {busy.holder['host']}" if "pid" in busy.holder else ""
+            raise RunBusyError(
+                f"run {self.run_id} ({self.name}) is being trained{by}; wait for its end, or stop it (Ctrl-C) first"
+            ) from busy
+
+    @property
+    def claimed(self) -> bool:
+        """Whether a living driver holds the claim."""
+        return is_locked(self._claim)
+
+    def event(self, kind: str, message: str, **fields: Any) -> None:
+        """Append to `events.jsonl` what happened, for people and for programs.
+
+        Args:
+            kind: a short word, the same for the same thing (`resumed`, `checkpoint`, `skipped`).
+            message: one sentence for a person.
+            fields: what a program would want to know of it.
+        """
+        line = json.dumps({"time": _now(), "kind": kind, "message": message, **fields}) + "\n"
+        with self.events.open("ab", buffering=0) as file:  # one write: lines of two processes do not mix
+            file.write(line.encode())
 
     def records(self) -> list[dict[str, float]]:
         """The records of `log.jsonl` in the order of their steps; a last line still being written is left out."""
@@ -138,6 +192,13 @@ class RunFolder:
             info["steps"], info["train_loss"] = last.get("step"), last.get("train/loss")
             info["tokens"] = None if tokens is None else int(tokens)
         return info
+
+    @property
+    def _claim(self) -> Path:
+        return self.path / "driver.lock"
+
+    def _written(self) -> dict[str, Any]:
+        return json.loads((self.path / "run.json").read_text(encoding="utf-8"))
 
 
 def list_runs(runs_dir: str | Path) -> list[RunFolder]:

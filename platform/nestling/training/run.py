@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from nestling.cluster import connected
 from nestling.config import JobConfig, to_mapping, to_yaml
 from nestling.data import Corpus, Feed, prepare
 from nestling.models import build
-from nestling.tracking import RunFolder, TrackedRun, finish, start
+from nestling.tracking import RunFolder, TrackedRun, finish, followed, start
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +67,7 @@ def fit(config: JobConfig, folder: RunFolder, on_progress: Progress | None = Non
             config = _complete(config, corpus)
             folder.config.write_text(to_yaml(config))
             corpus.tokenizer.save(folder.tokenizer)
-            with _followed(folder, on_progress):
+            with followed(folder, on_progress):
                 result = _train(config, corpus, folder, tracked)
         summary = _sum_up(folder, tracked, result)
         status = "finished"
@@ -163,33 +161,6 @@ def _first_cause(error: BaseException) -> str:
         cause = getattr(failure, "cause", None) or failure
         return str(cause).strip().splitlines()[-1]
     return str(error).strip().splitlines()[-1]
-
-
-@contextmanager
-def _followed(folder: RunFolder, on_progress: Progress | None) -> Iterator[None]:
-    """Pass each new record of the log on while the block runs, and the last ones before it ends."""
-    if on_progress is None:
-        yield
-        return
-    done = threading.Event()
-
-    def follow() -> None:
-        folder.log.touch()
-        with folder.log.open(encoding="utf-8") as file:
-            ended, half = False, ""
-            while not ended:
-                ended = done.wait(0.2)
-                *lines, half = (half + file.read()).split("\n")
-                for line in lines:
-                    on_progress(json.loads(line))
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _sum_up(folder: RunFolder, tracked: TrackedRun, result: dict[str, Any]) -> Summary:

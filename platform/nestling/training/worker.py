@@ -43,7 +43,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
         torch.set_num_threads(1)  # two threads on two busy cores were up to 19 times slower
         torch.set_flush_denormal(True)  # a memory that decays to zero gets there five times faster
     rank, world = context.get_world_rank(), context.get_world_size()
-    tracker = Tracker(settings["tracking_uri"], settings["mlflow_run_id"], folder.log) if rank == 0 else None
+    tracker = Tracker(folder, settings["tracking_uri"], settings["mlflow_run_id"]) if rank == 0 else None
     try:
         training = Training(config, Corpus.open(settings["corpus"]), device, rank, world, tracker)
         return training.run(folder)
