@@ -29,12 +29,17 @@ def runs_dir(overrides: list[str] | None) -> Path:
     return Path(pick(overrides or (), "run.dir").get("run.dir", RunConfig().dir)).expanduser()
 
 
-def trained_run(reference: str, overrides: list[str] | None) -> RunFolder:
-    """The run that `reference` means, which must have its final weights."""
+def found_run(reference: str, overrides: list[str] | None) -> RunFolder:
+    """The run that `reference` means."""
     try:
-        folder = find_run(runs_dir(overrides), reference)
+        return find_run(runs_dir(overrides), reference)
     except LookupError as error:
         raise Stop(str(error.args[0]), WRONG_USAGE) from error
+
+
+def trained_run(reference: str, overrides: list[str] | None) -> RunFolder:
+    """The run that `reference` means, which must have weights: its final ones, or a checkpoint."""
+    folder = found_run(reference, overrides)
     if not folder.weights.is_file():
         raise Stop(
             f"run {folder.run_id} ({folder.name}, {folder.info().get('status')}) has no final weights: "

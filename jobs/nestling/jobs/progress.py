@@ -68,6 +68,11 @@ class TrainingProgress:
             unit = " bits per byte" if self._heldout else ""
             say(f"step {step}/{steps}  {figures}{unit}")
 
+    def event(self, event: dict[str, Any]) -> None:
+        """Takes one event of the run; those that a person need not know are left to events.jsonl."""
+        if event["kind"] != "checkpoint":
+            say(event["message"])
+
     def _figures(self, record: dict[str, Any], step: int) -> list[str]:
         figures = []
         if (loss := record.get("train/loss")) is not None:

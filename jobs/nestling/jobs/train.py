@@ -14,7 +14,7 @@ from nestling.jobs.arguments import AsJson, Job, Overrides
 from nestling.jobs.evaluate import report
 from nestling.jobs.output import FAILED, INTERRUPTED, WRONG_USAGE, Stop, chatter_to, describe, in_columns, say, verb
 from nestling.jobs.progress import TrainingProgress
-from nestling.tracking.runs import RunFolder
+from nestling.tracking.runs import RunBusyError, RunFolder
 
 KEYS = (
     *("run_id", "status", "steps", "tokens", "train_loss", "heldout_bits_per_byte", "unigram_bits_per_byte"),
@@ -26,16 +26,23 @@ KEYS = (
 def train(job: Job, overrides: Overrides = None, as_json: AsJson = False) -> dict[str, Any]:
     """Train a model: JOB, with any of its keys changed."""
     config = load(job, overrides or ())
-    from nestling.training import fit  # torch takes seconds: not before the configuration is known to be right
-
     try:
         folder = RunFolder.create(config.run.dir, config.run.name)
     except OSError as error:
         raise Stop(f"run.dir: cannot make a run in {config.run.dir}: {error}", WRONG_USAGE) from error
+    return run(config, folder, as_json)
+
+
+def run(config: JobConfig, folder: RunFolder, as_json: bool) -> dict[str, Any]:
+    """Train a job in its folder, from its newest checkpoint if it has one, and tell the person how it goes and ends."""
+    from nestling.training import fit  # torch takes seconds: not before the configuration is known to be right
+
     say(f"run {folder.run_id} in {folder.path}; Ray's and DeepSpeed's output: {folder.ray_log}")
     try:
         with chatter_to(folder.ray_log), TrainingProgress(config.training) as progress:
-            summary = asdict(fit(config, folder, progress))
+            summary = asdict(fit(config, folder, progress, progress.event))
+    except RunBusyError as error:
+        raise Stop(str(error), WRONG_USAGE) from error
     except KeyboardInterrupt as error:
         raise _stop(folder, "interrupted", INTERRUPTED) from error
     except Exception as error:
@@ -50,11 +57,20 @@ def train(job: Job, overrides: Overrides = None, as_json: AsJson = False) -> dic
 def _stop(folder: RunFolder, how: str, code: int) -> Stop:
     """The end of a run that did not finish; how far it came is in its log."""
     info = {"run_dir": folder.path} | folder.reached()
-    return Stop(f"run {folder.run_id} {how}\nlog: {folder.ray_log}", code, {key: info.get(key) for key in KEYS})
+    lines = [f"run {folder.run_id} {how}", f"log: {folder.ray_log}"]
+    if folder.config.exists():
+        lines.append(f"go on: nestling resume {folder.run_id}{_place(folder)}")
+    return Stop("\n".join(lines), code, {key: info.get(key) for key in KEYS})
+
+
+def _place(folder: RunFolder) -> str:
+    """The argument that names where runs are kept, if that is not the default."""
+    runs = folder.path.parent
+    return "" if runs == Path(RunConfig().dir).expanduser().resolve() else f" run.dir={shlex.quote(str(runs))}"
 
 
 def _report(summary: dict[str, Any], folder: RunFolder, config: JobConfig) -> str:
-    place = "" if Path(config.run.dir) == Path(RunConfig().dir) else f" run.dir={shlex.quote(config.run.dir)}"
+    place = _place(folder)
     lines = {
         "run": f"{folder.run_id} ({folder.name}), {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
         f"{summary['tokens_per_second']:,.0f} tokens/s",

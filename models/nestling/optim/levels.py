@@ -36,6 +36,8 @@ class Levels(torch.optim.Optimizer):
 
     Attributes:
         updates: moves made so far, by level name.
+        moved: squared norm of what each level moved by since `pop_update_norms`; under ZeRO of this rank's shard.
+        paused: while true, `step` changes nothing and counts nothing: the gradients cannot be used.
 
     Raises:
         ValueError: a setting out of range or an unknown name.
@@ -70,7 +72,8 @@ class Levels(torch.optim.Optimizer):
         )
         super().__init__(params, defaults)
         self.updates: dict[str, int] = {group["name"]: 0 for group in self.param_groups}
-        self._squared: dict[str, Tensor] = {}
+        self.moved: dict[str, Tensor] = {}
+        self.paused = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a level, or parameters to a level of the same name. Raises ValueError as the constructor does."""
@@ -86,7 +89,7 @@ class Levels(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._squared = {}
+        self.moved, self.paused = {}, False
         self.updates = {group["name"]: 0 for group in self.param_groups}
         for group in self.param_groups:
             made = [self.state[p]["updates"] for p in group["params"] if p in self.state]
@@ -99,14 +102,14 @@ class Levels(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
+        for group in () if self.paused else self.param_groups:
             for parameter in group["params"]:
                 self._take_in(parameter, group)
         return loss
 
     def pop_update_norms(self) -> dict[str, Tensor]:
-        """Squared norm of what each level moved by since the last call; under ZeRO of this rank's shard."""
-        norms, self._squared = self._squared, {}
+        """`moved`, which then starts again from nothing."""
+        norms, self.moved = self.moved, {}
         return norms
 
     def _take_in(self, parameter: Tensor, group: dict[str, Any]) -> None:
@@ -114,8 +117,8 @@ class Levels(torch.optim.Optimizer):
         state = self.state[parameter]
         if not state:
             state.update(steps=0, updates=0)
-            if not _every_step(group):
-                state.update(accumulator=torch.zeros_like(parameter), filled=False)
+        if "accumulator" not in state and not _every_step(group):  # also when a period has been raised
+            state.update(accumulator=torch.zeros_like(parameter), filled=False)
         state["steps"] += 1
         gradient = parameter.grad
         if "accumulator" in state:
@@ -133,7 +136,7 @@ class Levels(torch.optim.Optimizer):
             state["filled"] = False
         name = group["name"]
         self.updates[name] = max(self.updates.get(name, 0), state["updates"])
-        self._squared[name] = self._squared.get(name, 0.0) + change.float().square().sum()
+        self.moved[name] = self.moved.get(name, 0.0) + change.float().square().sum()
 
 
 def due(steps: int, period: int, unit: str = "steps", tokens_per_step: int | None = None) -> bool:

@@ -5,13 +5,14 @@ a thread, `store` finds, checks, opens and removes checkpoints; `final` gives a 
 """
 
 from nestling.checkpoint.errors import CheckpointError
-from nestling.checkpoint.final import load_final, save_weights
+from nestling.checkpoint.final import WEIGHT, export_weights, load_final, newest_good, run_store, trained_step
 from nestling.checkpoint.manifest import Checkpoint
 from nestling.checkpoint.pieces import Piece, Pieces, write_pieces
 from nestling.checkpoint.saver import Saver
 from nestling.checkpoint.store import OpenCheckpoint, Store
 
 __all__ = [
+    "WEIGHT",
     "Checkpoint",
     "CheckpointError",
     "OpenCheckpoint",
@@ -19,7 +20,10 @@ __all__ = [
     "Pieces",
     "Saver",
     "Store",
+    "export_weights",
     "load_final",
-    "save_weights",
+    "newest_good",
+    "run_store",
+    "trained_step",
     "write_pieces",
 ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,31 +70,44 @@ def write_pieces(path: Path, pieces: Sequence[Piece], bucket_bytes: int = BUCKET
     """
     # Wide elements first: each piece then begins at a multiple of its own element size, which readers rely on.
     ordered = sorted(pieces, key=lambda piece: (-piece.data.element_size(), piece.key))
-    header = _header(ordered)
+    entries: dict[str, tuple[torch.dtype, torch.Size]] = {}
+    for piece in ordered:
+        if piece.data.dim() != 1:
+            raise ValueError(f"{piece.name}: a piece is a flat tensor, this one is {tuple(piece.data.shape)}")
+        if piece.key in entries:
+            raise ValueError(f"{piece.name}: two pieces start at element {piece.start}; a file holds each stretch once")
+        entries[piece.key] = piece.data.dtype, piece.data.shape
+    write_tensors(path, entries, (piece.data for piece in ordered), bucket_bytes)
+
+
+def write_tensors(
+    path: Path,
+    entries: Mapping[str, tuple[torch.dtype, torch.Size]],
+    tensors: Iterable[Tensor],
+    bucket_bytes: int = BUCKET,
+) -> None:
+    """Write a safetensors file of tensors that are taken one after another, in the order of their `entries`."""
+    header = _header(entries)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        for piece in ordered:
-            for part in _parts(piece.data.detach(), bucket_bytes):
+        for tensor in tensors:
+            for part in _parts(tensor.detach().flatten(), bucket_bytes):
                 file.write(part.view(torch.uint8).numpy().data)
 
 
-def _header(pieces: Sequence[Piece]) -> bytes:
-    """The JSON in front of the data: dtype, shape and place of every piece, padded to eight bytes."""
-    entries: dict[str, Any] = {}
+def _header(entries: Mapping[str, tuple[torch.dtype, torch.Size]]) -> bytes:
+    """The JSON in front of the data: dtype, shape and place of every tensor, padded to eight bytes."""
+    described: dict[str, Any] = {}
     position = 0
-    for piece in pieces:
-        data = piece.data
-        if data.dim() != 1 or data.dtype not in _CODES:
+    for key, (dtype, shape) in entries.items():
+        if dtype not in _CODES:
             raise ValueError(
-                f"{piece.name}: a piece is a flat tensor of {', '.join(_CODES.values())}; "
-                f"this one has the shape {tuple(data.shape)} and {data.dtype}"
+                f"{key}: is {dtype}, which a file of tensors cannot hold, only {', '.join(_CODES.values())}"
             )
-        if piece.key in entries:
-            raise ValueError(f"{piece.name}: two pieces start at element {piece.start}; a file holds each stretch once")
-        end = position + data.numel() * data.element_size()
-        entries[piece.key] = {"dtype": _CODES[data.dtype], "shape": [len(data)], "data_offsets": [position, end]}
+        end = position + shape.numel() * dtype.itemsize
+        described[key] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [position, end]}
         position = end
-    header = json.dumps(entries, separators=(",", ":")).encode()
+    header = json.dumps(described, separators=(",", ":")).encode()
     return header + b" " * (-len(header) % 8)
 
 

@@ -146,3 +146,9 @@ def _connect(uri: str) -> tuple[FileSystem, str]:
             "(special characters of a key written as %2F and so on)"
         ) from None
     return files, root.rstrip("/")
+
+
+def below(place: str, name: str) -> str:
+    """A folder in a folder or URI, whose options stay behind it."""
+    path, mark, options = place.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{options}"

@@ -40,6 +40,10 @@ def _positive(value: float) -> bool:
     return 0 < value < math.inf
 
 
+def _not_negative(value: float) -> bool:
+    return 0 <= value < math.inf
+
+
 def _fraction(value: float) -> bool:
     return 0 <= value <= 1
 
@@ -164,20 +168,49 @@ class TrainingConfig:
     log_every: int = 1
     #: Steps from one held-out evaluation to the next; 0: only at the end.
     evaluate_every: int = 200
-    #: Failures of workers after which training starts again before it gives up.
-    max_failures: int = 0
+    #: Steps from one checkpoint to the next; 0: only at the end, and when the run is interrupted.
+    checkpoint_every: int = 200
+    #: Failures of workers after which training goes on from the last checkpoint before it gives up.
+    max_failures: int = 3
+    #: A loss or gradient norm so many standard deviations above those of the last 128 steps is a spike: like one that
+    #: is not finite, it is not trained on. 0: no step is skipped as a spike.
+    spike_sigmas: float = 6.0
+    #: Steps skipped in a row after which `on_divergence` is done.
+    max_skipped: int = 5
+    #: rollback: go on from the last checkpoint, past the batches since; stop: end the run with a report.
+    on_divergence: Literal["rollback", "stop"] = "rollback"
 
     def __post_init__(self) -> None:
-        _need("training", self, "at least 1", _whole, "steps", "batch_tokens", "micro_batch", "workers", "log_every")
+        sizes = ("steps", "batch_tokens", "micro_batch", "workers", "log_every", "max_skipped")
+        _need("training", self, "at least 1", _whole, *sizes)
         _need("training", self, "at least 1 (or null)", _whole, "decay_steps")
-        counts = ("warmup_steps", "evaluate_every", "max_failures")
+        counts = ("warmup_steps", "evaluate_every", "checkpoint_every", "max_failures")
         _need("training", self, "at least 0", lambda value: value >= 0, *counts)
         _need("training", self, "0, 1, 2 or 3", lambda value: 0 <= value <= 3, "zero_stage")
         _need("training", self, "a finite value above 0", _positive, "learning_rate")
-        _need("training", self, "a finite value of at least 0", lambda v: 0 <= v < math.inf, "weight_decay", "clip")
+        _need("training", self, "a finite value of at least 0", _not_negative, "weight_decay", "clip", "spike_sigmas")
         _need("training", self, "a fraction from 0 to 1", _fraction, "final_learning_rate")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"training.betas: got {list(self.betas)}, needs two values from 0 to below 1")
+
+
+@dataclass
+class CheckpointConfig:
+    """Where checkpoints are written and which of them are kept."""
+
+    #: Folder, or URI of a file system that pyarrow knows (`s3://bucket/prefix`): a folder for each run is made in it.
+    #: None: `checkpoints` in the run's folder.
+    dir: str | None = None
+    #: Newest checkpoints that are kept.
+    keep: int = 2
+    #: Checkpoints with the lowest held-out loss that are kept beside them; only steps with an evaluation take part.
+    keep_best: int = 1
+
+    def __post_init__(self) -> None:
+        _need("checkpoint", self, "at least 1", _whole, "keep")
+        _need("checkpoint", self, "at least 0", lambda value: value >= 0, "keep_best")
+        if self.dir is not None and not self.dir.strip():
+            raise ValueError("checkpoint.dir: got an empty text, needs a folder or a URI such as s3://bucket/runs")
 
 
 @dataclass
@@ -207,6 +240,7 @@ class JobConfig:
     #: Levels, fastest first; parameters outside every level move at every step.
     levels: list[LevelConfig] = field(default_factory=list)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def __post_init__(self) -> None:

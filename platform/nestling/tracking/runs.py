@@ -98,6 +98,11 @@ class RunFolder:
         return self.path / "mlflow"
 
     @property
+    def stop(self) -> Path:
+        """While this file is there, the workers save and stop after their present step; `stop`."""
+        return self.path / "stop"
+
+    @property
     def ray_log(self) -> Path:
         """What Ray and DeepSpeed print, `ray.log`."""
         return self.path / "ray.log"

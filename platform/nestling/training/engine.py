@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,15 +60,35 @@ def set_rate(engine: Any, factor: float) -> None:
         group["lr"] = factor * group["peak_lr"]
 
 
-def optimizer_step(engine: Any, clip: float) -> float | None:
-    """Take the optimizer step if a batch is complete; returns the gradient's norm before clipping where it is known."""
-    if engine.zero_optimization() or not engine.is_gradient_accumulation_boundary():
+def optimizer_step(engine: Any, clip: float, refuse: Callable[[float], bool]) -> float | None:
+    """Take the optimizer step if a batch is complete; returns the gradient's norm before clipping, None before that.
+
+    `refuse` is asked once a batch with that norm, which is equal on all ranks. If it says yes, nothing moves.
+    """
+    if not engine.is_gradient_accumulation_boundary():
         engine.step()
-        return engine.get_global_grad_norm()
-    # Without ZeRO, DeepSpeed clips but does not say by how much.
-    norm = torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf)
+        return None
+    levels = levels_of(engine)
+    if not engine.zero_optimization():
+        # Without ZeRO, DeepSpeed clips but does not say by how much.
+        norm = float(torch.nn.utils.clip_grad_norm_(engine.module.parameters(), clip or math.inf))
+        levels.paused = refuse(norm)
+        engine.step()
+        return norm
+    norm = math.inf  # ZeRO drops a gradient that is not finite without asking the optimizer
+
+    def ask(*_: Any) -> None:
+        nonlocal norm
+        if norm == math.inf:  # ZeRO steps group by group
+            norm = float(engine.optimizer._global_grad_norm)
+            levels.paused = refuse(norm)
+
+    hook = levels.register_step_pre_hook(ask)
     engine.step()
-    return float(norm)
+    hook.remove()
+    if norm == math.inf:
+        refuse(norm)
+    return norm
 
 
 def full_weights(engine: Any, keep: bool) -> dict[str, torch.Tensor]:

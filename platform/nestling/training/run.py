@@ -1,6 +1,7 @@
 """The driver's side of a run: check, prepare the data, start the workers, watch them, sum up.
 
-What can fail cheaply fails first: the tracking server before Ray, the data before the workers.
+What can fail cheaply fails first: the tracking server before Ray, the data before the workers. Starting and resuming
+are one way: the workers take up the newest checkpoint that the run's folder has.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Any
 
 from nestling.cluster import connected
 from nestling.config import JobConfig, to_mapping, to_yaml
-from nestling.data import Corpus, Feed, prepare
+from nestling.data import Corpus, DataError, Feed, prepare
 from nestling.models import build
 from nestling.tracking import RunFolder, TrackedRun, finish, followed, start
+from nestling.training.attended import attended, ending
 
 log = logging.getLogger(__name__)
 
-Progress = Callable[[dict[str, float]], None]
+Progress = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -34,54 +36,64 @@ class Summary:
     train_loss: float
     heldout_bits_per_byte: float
     unigram_bits_per_byte: float
-    tokens_per_second: float
-    checkpoint: str | None
+    tokens_per_second: float | None
+    checkpoint: str
     run_dir: str
     tracking_uri: str
+    skipped_steps: int
 
 
 class TrainingError(RuntimeError):
     """The workers failed; the message is the first cause."""
 
 
-def fit(config: JobConfig, folder: RunFolder, on_progress: Progress | None = None) -> Summary:
-    """Train the job in `folder` to its end.
+def fit(
+    config: JobConfig, folder: RunFolder, on_progress: Progress | None = None, on_event: Progress | None = None
+) -> Summary:
+    """Train the job in `folder` to its end, from the newest good checkpoint in it if there is one.
+
+    The first Ctrl-C or SIGTERM saves a checkpoint and ends the run, the second ends it at once.
 
     Args:
-        config: the checked job.
-        folder: a fresh run folder.
+        config: the checked job; of a run that goes on, what `resumed_job` gives.
+        folder: the run's folder.
         on_progress: called in another thread with each record of the log as it appears.
+        on_event: called in the same way with what happens besides: failures, checkpoints, skipped steps.
 
     Raises:
+        RunBusyError: the run is being trained already.
         TrackingError, ClusterError, DataError, TrainingError: what cannot be reached, found or done, and how to fix it.
         KeyboardInterrupt: passed on after the run was marked as interrupted.
     """
-    status, tracked = "failed", None
-    try:
-        _check_levels(config)
-        tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
-        wanted = config.training.workers
-        with connected(wanted, wanted if config.training.device == "cuda" else 0):
-            config = _on_device(config)
-            corpus = prepare(config.data, Path(config.run.dir) / "cache")
-            config = _complete(config, corpus)
-            folder.config.write_text(to_yaml(config))
-            corpus.tokenizer.save(folder.tokenizer)
-            with followed(folder, on_progress):
-                result = _train(config, corpus, folder, tracked)
-        summary = _sum_up(folder, tracked, result)
-        status = "finished"
-        return summary
-    except KeyboardInterrupt:
-        status = "interrupted"
-        raise
-    except Exception as error:
-        folder.update(error=str(error))
-        raise
-    finally:
-        folder.update(status=status)
-        if tracked is not None:
-            finish(tracked, folder, status, _figure(folder))
+    with folder.claim():
+        folder.update(status="running", error=None, steps=None)
+        folder.stop.unlink(missing_ok=True)
+        status, tracked = "failed", None
+        try:
+            _check_levels(config)
+            tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
+            wanted = config.training.workers
+            with connected(wanted, wanted if config.training.device == "cuda" else 0):
+                config = _on_device(config)
+                corpus = _corpus(config, folder)
+                config = _complete(config, corpus)
+                folder.config.write_text(to_yaml(config))
+                corpus.tokenizer.save(folder.tokenizer)
+                with followed(folder, on_progress, on_event):
+                    result = _train(config, corpus, folder, tracked)
+            status = result.pop("status")
+            return _sum_up(folder, tracked, status, result)
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        except Exception as error:
+            status = "failed"
+            folder.update(error=str(error))
+            raise
+        finally:
+            folder.update(status=status)
+            if tracked is not None:
+                finish(tracked, folder, status, _figure(folder))
 
 
 def _check_levels(config: JobConfig) -> None:
@@ -122,6 +134,21 @@ def _complete(config: JobConfig, corpus: Corpus) -> JobConfig:
     return replace(config, data=data, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
 
 
+def _corpus(config: JobConfig, folder: RunFolder) -> Corpus:
+    """The prepared data; of a run that goes on, exactly what it began with."""
+    cache, before = Path(config.run.dir) / "cache", folder.info().get("corpus")
+    if before and (cache / before).is_dir():
+        return Corpus.open(cache / before)
+    corpus = prepare(config.data, cache)
+    if before and corpus.folder.name != before:
+        raise DataError(
+            f"data.source: {config.data.source} is no longer what run {folder.run_id} began with, so its position in "
+            "it means nothing; put the old content back (data.source may name another place), or start a new run"
+        )
+    folder.update(corpus=corpus.folder.name)
+    return corpus
+
+
 def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -130,6 +157,7 @@ def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: Tracke
     from nestling.training.worker import train_worker
 
     entry: Any = train_worker  # Ray's annotation leaves out that a worker may return something
+    failures = config.training.max_failures
     trainer = TorchTrainer(
         entry,
         train_loop_config={
@@ -143,16 +171,15 @@ def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: Tracke
         run_config=RunConfig(
             name="ray",
             storage_path=str(folder.path),
-            failure_config=FailureConfig(max_failures=config.training.max_failures),
+            failure_config=FailureConfig(max_failures=failures),
+            callbacks=[ending(folder, failures)],
         ),
     )
     try:
-        result: Any = trainer.fit()
+        result: Any = attended(trainer.fit, folder)
         return result.return_value
     except TrainingFailedError as error:
         raise TrainingError(_first_cause(error)) from error
-    except SystemExit as stop:  # Ray Train's answer to Ctrl-C
-        raise KeyboardInterrupt from stop
 
 
 def _first_cause(error: BaseException) -> str:
@@ -163,20 +190,18 @@ def _first_cause(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _sum_up(folder: RunFolder, tracked: TrackedRun, result: dict[str, Any]) -> Summary:
-    evaluation = {"run_id": folder.run_id, **result.pop("evaluation")}
-    folder.evaluation.write_text(json.dumps(evaluation, indent=2) + "\n")
-    figures = {key: evaluation[key] for key in ("heldout_bits_per_byte", "unigram_bits_per_byte")}
-    folder.update(**result, **figures)
-    return Summary(
-        run_id=folder.run_id,
-        status="finished",
-        checkpoint=None,
-        run_dir=str(folder.path),
-        tracking_uri=tracked.uri,
-        **result,
-        **figures,
-    )
+def _sum_up(folder: RunFolder, tracked: TrackedRun, status: str, result: dict[str, Any]) -> Summary:
+    error, evaluation = result.pop("error", None), result.pop("evaluation", None)
+    if evaluation is not None:
+        evaluation = {"run_id": folder.run_id, **evaluation}
+        folder.evaluation.write_text(json.dumps(evaluation, indent=2) + "\n")
+        result |= {key: evaluation[key] for key in ("heldout_bits_per_byte", "unigram_bits_per_byte")}
+    folder.update(**result)
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    if status == "failed":
+        raise TrainingError(error)
+    return Summary(run_id=folder.run_id, status=status, run_dir=str(folder.path), tracking_uri=tracked.uri, **result)
 
 
 def _figure(folder: RunFolder) -> Path | None:

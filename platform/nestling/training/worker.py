@@ -1,34 +1,28 @@
-"""What one Ray Train worker does: build, train, evaluate, leave the weights.
+"""What one Ray Train worker does: take up the last checkpoint, train, evaluate, save, leave the weights.
 
-Every rank builds the same model from the seed, takes its rows of each global batch and steps DeepSpeed's engine. Rank 0
-writes the log; the number of a step decides its batch, learning rate and chunk size, so a position is just a number.
+All ranks walk through the same steps and make the same decisions; rank 0 writes the log. A worker group that replaces
+one that died begins here too, so that starting, starting again and resuming are one thing.
 """
 
 from __future__ import annotations
 
 import math
-import random
 import time
-from collections import deque
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 
-from nestling.checkpoint import save_weights
-from nestling.config import JobConfig, from_yaml
-from nestling.data import Corpus, Feed
+from nestling.checkpoint import Store, export_weights, run_store
+from nestling.config import from_yaml
+from nestling.data import Corpus
 from nestling.evaluation import heldout_report
-from nestling.models import HopeConfig, build
-from nestling.models.hope import set_chunk_size
+from nestling.evaluation.heldout import Report
 from nestling.tracking import RunFolder, Tracker
-from nestling.training.engine import full_weights, levels_of, make_engine, optimizer_step, set_rate
-from nestling.training.groups import parameter_groups
-from nestling.training.schedule import rate_factor
+from nestling.training.keeper import Keeper
+from nestling.training.loop import Training
 
-#: Steps over which tokens per second are averaged.
-RATE_WINDOW = 20
+#: Times that training goes back to the same checkpoint before it gives up.
+RETURNS = 2
 
 
 def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -45,111 +39,124 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     tracker = Tracker(folder, settings["tracking_uri"], settings["mlflow_run_id"]) if rank == 0 else None
     try:
-        training = Training(config, Corpus.open(settings["corpus"]), device, rank, world, tracker)
-        return training.run(folder)
+        training = Training(config, Corpus.open(settings["corpus"]), device, rank, world, folder.stop.exists)
+        return Worker(training, run_store(config, folder), folder, tracker).run()
     finally:
         if tracker is not None:
             tracker.close()
 
 
-class Training:
-    """The state of a training loop on one rank."""
+class Worker:
+    """Runs a training to its end, or until it is told to stop or cannot go on."""
 
-    def __init__(
-        self, config: JobConfig, corpus: Corpus, device: torch.device, rank: int, world: int, tracker: Tracker | None
-    ) -> None:
-        self.config, self.corpus, self.device = config, corpus, device
-        self.rank, self.world, self.tracker = rank, world, tracker
-        sequences = config.training.batch_tokens // config.data.sequence_length
-        self.feed = Feed(corpus.train, config.data.sequence_length, sequences, config.seed, rank, world)
-        torch.manual_seed(config.seed)
-        self.model = build(config.model).to(device)
-        self.model.activation_checkpointing = config.training.activation_checkpointing
-        self.engine = make_engine(self.model, parameter_groups(self.model, config), config, world)
-        self.levels = levels_of(self.engine)
-        self.gradient_norm: float | None = None
-        self._ends: deque[float] = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
+    def __init__(self, training: Training, store: Store, folder: RunFolder, tracker: Tracker | None) -> None:
+        self.training, self.store, self.folder, self.tracker = training, store, folder, tracker
+        self.keeper = Keeper(training, store, tracker)
+        self._returns: dict[int, int] = {}
+        self._evaluation: Report | None = None
+        self._paused = 0.0
 
-    def run(self, folder: RunFolder) -> dict[str, Any]:
-        training = self.config.training
-        started, paused, loss = time.perf_counter(), 0.0, math.nan
-        for step in range(1, training.steps + 1):
-            loss = self.step(step)
-            record = self.record(step, loss) if step % training.log_every == 0 or step == training.steps else {}
-            last = step == training.steps
-            if last or (training.evaluate_every and step % training.evaluate_every == 0):
-                began = time.perf_counter()
-                tokens = self.config.evaluation.final_tokens if last else self.config.evaluation.tokens
-                report = heldout_report(self.model, self.corpus, self.config, tokens, self.rank, self.world)
-                record |= report.metrics()
-                paused += time.perf_counter() - began
-                self._ends = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
-            if record and self.tracker is not None:
-                self.tracker.log(record, step)
-        seconds = time.perf_counter() - started - paused
-        weights = full_weights(self.engine, keep=self.rank == 0)
-        if self.rank == 0:
-            save_weights(weights, folder.weights)
+    def run(self) -> dict[str, Any]:
+        """The figures of the summary: `status`, and what is known of the others."""
+        training, steps = self.training, self.training.config.training.steps
+        self._begin()
+        first, began = training.done, time.perf_counter()
+        while training.done < steps and not training.stop:
+            training.step()
+            if training.refused:
+                self._event("skipped", f"step {training.done} moved nothing: {training.refused}")
+                if training.guard.in_a_row >= training.config.training.max_skipped:
+                    if error := self._go_back():
+                        self.keeper.close()
+                        return self._figures("failed") | {"error": error}
+                    continue
+            self._after_step()
+        seconds = time.perf_counter() - began - self._paused
+        saved = self.keeper.close()
+        if training.done < steps:
+            return self._figures("interrupted")
+        if not saved:
+            error = "the last checkpoint could not be saved; make room for it, then nestling resume this run"
+            return self._figures("failed") | {"error": error}
+        report = self._evaluation or self._evaluate(training.config.evaluation.final_tokens)
+        if self.tracker is not None:
+            export_weights(self.store, training.shapes, self.folder.weights)
+        tokens = (training.done - first) * training.config.training.batch_tokens
+        rate = tokens / seconds if tokens else None
+        return self._figures("finished") | {"tokens_per_second": rate, "evaluation": report.as_dict()}
+
+    def _begin(self) -> None:
+        """Take up the newest checkpoint; the log goes back to it."""
+        step = self.keeper.restore()
+        if self.tracker is not None:
+            self.tracker.rewind(self.training.done)
+        if step is not None:
+            self._event("resumed", f"training goes on from the checkpoint of step {step}", step=step)
+
+    def _after_step(self) -> None:
+        """Evaluate, log and save where it is due."""
+        training, settings = self.training, self.training.config.training
+        step, last = training.done, training.done == settings.steps
+        record = training.record() if last or step % settings.log_every == 0 else {}
+        heldout_loss = None
+        if last or _due(step, settings.evaluate_every):
+            began = time.perf_counter()
+            evaluation = training.config.evaluation
+            report = self._evaluate(evaluation.final_tokens if last else evaluation.tokens)
+            record |= report.metrics()
+            heldout_loss = report.heldout_loss
+            self._evaluation = report if last else None
+            self._paused += time.perf_counter() - began
+            training.restart_clock()
+        if record and self.tracker is not None:
+            self.tracker.log(record, step)
+        if last or training.stop or (_due(step, settings.checkpoint_every) and not training.guard.in_a_row):
+            self.keeper.save(heldout_loss)
+        self.keeper.tell()
+
+    def _evaluate(self, tokens: int) -> Report:
+        training = self.training
+        return heldout_report(training.model, training.corpus, training.config, tokens, training.rank, training.world)
+
+    def _go_back(self) -> str:
+        """Go on from the last good checkpoint, past the batches since; returns why not if that is not to be."""
+        training, settings = self.training, self.training.config.training
+        step, following = training.done, training.done + training.passed_over
+        report = (
+            f"step {step} (batch {following - 1}): {training.refused}, and {training.guard.in_a_row} steps in a row "
+            f"could not be used; {training.first_bad_gradient()}"
+        )
+        advice = "lower training.learning_rate, model.eta_max or training.clip"
+        if settings.on_divergence == "stop":
+            return f"{report}; {advice}"
+        back = self.keeper.restore(before=step - training.guard.in_a_row + 1)
+        if back is None:
+            return f"{report}; there is no checkpoint to go back to: {advice}"
+        self._returns[back] = self._returns.get(back, 0) + 1
+        if self._returns[back] > RETURNS:
+            return f"{report}; going back to step {back} has not helped {RETURNS} times: {advice}"
+        training.passed_over = following - back
+        if self.tracker is not None:
+            self.tracker.rewind(back)
+        self._event("rolled-back", f"{report}; training goes on from step {back}, past the batches since", step=back)
+        training.restart_clock()
+        return ""
+
+    def _event(self, kind: str, message: str, **fields: Any) -> None:
+        if self.tracker is not None:
+            self.tracker.event(kind, message, **fields)
+
+    def _figures(self, status: str) -> dict[str, Any]:
+        training, good = self.training, self.keeper.good
         return {
-            "steps": training.steps,
-            "tokens": training.steps * training.batch_tokens,
-            "train_loss": loss,
-            "tokens_per_second": training.steps * training.batch_tokens / seconds,
-            "evaluation": report.as_dict(),
+            "status": status,
+            "steps": training.done,
+            "tokens": training.done * training.config.training.batch_tokens,
+            "train_loss": training.loss if math.isfinite(training.loss) else None,
+            "skipped_steps": training.guard.skipped,
+            "checkpoint": None if good is None else self.store.location(good),
         }
 
-    def step(self, step: int) -> float:
-        """One optimizer step; returns the mean loss of its global batch in nats a token."""
-        self.engine.train()
-        model = self.config.model
-        if isinstance(model, HopeConfig) and model.redraw_chunk_sizes:
-            draw = random.Random(f"{self.config.seed} chunk size {step}")
-            set_chunk_size(self.model, draw.choice(model.redraw_chunk_sizes))
-        set_rate(self.engine, rate_factor(step, self.config.training))
-        rows = torch.from_numpy(self.feed.batch(step - 1)).to(self.device)
-        pieces = rows.split(self.engine.train_micro_batch_size_per_gpu())
-        total = torch.zeros((), device=self.device)
-        for piece in pieces:
-            logits, _ = self.engine(piece[:, :-1])
-            loss = F.cross_entropy(logits.float().flatten(0, 1), piece[:, 1:].flatten())
-            self.engine.backward(loss)
-            self.gradient_norm = optimizer_step(self.engine, self.config.training.clip)
-            total += loss.detach() / len(pieces)
-        set_chunk_size(self.model, None)
-        dist.all_reduce(total)
-        mean = total.item() / self.world
-        self._ends.append(time.perf_counter())
-        if not math.isfinite(mean):
-            raise FloatingPointError(
-                f"the loss of step {step} is {mean}: training has diverged; lower training.learning_rate, "
-                "model.eta_max or training.clip"
-            )
-        return mean
 
-    def record(self, step: int, loss: float) -> dict[str, float]:
-        """The metrics of a step; every rank takes part, because update norms are summed over shards."""
-        training = self.config.training
-        record = {
-            "train/loss": loss,
-            "train/bits_per_byte": self.corpus.bits_per_byte(loss, "train"),
-            "train/tokens": step * training.batch_tokens,
-            "train/tokens_per_second": self._tokens_per_second(),
-            "train/learning_rate": rate_factor(step, training) * training.learning_rate,
-        }
-        if self.gradient_norm is not None:
-            record["train/gradient_norm"] = float(self.gradient_norm)
-        squared = self.levels.pop_update_norms()
-        names = sorted(self.levels.updates)
-        norms = torch.tensor([float(squared.get(name, 0.0)) for name in names], device=self.device)
-        if self.engine.zero_optimization():  # each rank moved its own shard
-            dist.all_reduce(norms)
-        for name, norm in zip(names, norms.sqrt().tolist(), strict=True):
-            record[f"levels/{name}/updates"] = self.levels.updates[name]
-            record[f"levels/{name}/update_norm"] = norm
-        for group in self.engine.optimizer.param_groups:
-            record[f"levels/{group['name']}/learning_rate"] = group["lr"]
-        return record
-
-    def _tokens_per_second(self) -> float:
-        steps, seconds = len(self._ends) - 1, self._ends[-1] - self._ends[0]
-        return steps * self.config.training.batch_tokens / max(seconds, 1e-9)
+def _due(step: int, every: int) -> bool:
+    return bool(every) and step % every == 0

@@ -1,0 +1,172 @@
+"""The checkpoints of a training: what they hold, when one counts, and the way back to it.
+
+All ranks save and restore together: each writes and reads its own stretches, and what one of them cannot do none does.
+"""
+
+from __future__ import annotations
+
+import json
+import queue
+import secrets
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from nestling.checkpoint import WEIGHT, Checkpoint, CheckpointError, Saver, Store
+from nestling.config import to_yaml
+from nestling.tracking import Tracker
+from nestling.training.state import engine_pieces, load_engine, optimizer_scalars, random_state, set_random_state
+
+if TYPE_CHECKING:
+    from nestling.training.worker import Training
+
+FORMAT = 1
+
+
+class Keeper:
+    """Saves a training and brings it back; every method that is not marked is called by all ranks at the same step."""
+
+    def __init__(self, training: Training, store: Store, tracker: Tracker | None) -> None:
+        settings = training.config.checkpoint
+        self._training, self._store, self._tracker = training, store, tracker
+        self._rank, self._world = training.rank, training.world
+        self._saver = Saver(
+            store, self._rank, self._world, settings.keep, settings.keep_best, self._committed, self._failed
+        )
+        self._news: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
+        self._lineage: list[dict[str, Any]] = []
+        #: Whether the last save went well so far; None before the first.
+        self._saved: bool | None = None
+        if self._rank == 0:
+            store.clear_drafts()
+        #: The last checkpoint that is known to be good, on rank 0.
+        self.good: Checkpoint | None = None
+
+    def save(self, heldout_loss: float | None) -> None:
+        """Write the state after the present step; blocks until the bytes are in files, the rest happens beside."""
+        training = self._training
+        self._saver.wait()
+        self.tell()
+        self._saved = False
+        token = self._from_first(secrets.token_hex(4))
+        pieces = engine_pieces(training.engine)
+        problem = ""
+        spoilt = next((piece.name for piece in pieces if not piece.data.sum().isfinite()), None)
+        if spoilt:
+            problem = f"{spoilt} is not finite"
+        else:
+            try:
+                self._saver.write(training.done, token, pieces, self._documents())
+            except OSError as error:
+                problem = str(error)
+        problems = [problem for problem in self._from_all(problem) if problem]
+        if not problems:
+            self._saver.commit(heldout_loss)
+            self._saved = True
+            return
+        self._saver.abandon()
+        self._failed(training.done, problems[0])
+        self.tell()
+
+    def restore(self, before: int | None = None) -> int | None:
+        """Take up the newest good checkpoint, of a step lower than `before` if that is given; returns its step."""
+        self._saver.wait()
+        checkpoint = self._newest_good(before)
+        if checkpoint is None:
+            return None
+        found = self._store.open(checkpoint)
+        state = json.loads(found.documents["state.json"])
+        training = self._training
+        expected = {WEIGHT + name: shape.numel() for name, shape in training.shapes.items()}
+        held = {name: size for name, size in found.pieces.sizes.items() if name.startswith(WEIGHT)}
+        if held != expected:
+            raise CheckpointError(
+                f"{self._store.location(checkpoint)} holds another model than the job's: parameters or their sizes "
+                "differ; resume with the model that the run began with"
+            )
+        load_engine(training.engine, found.pieces, state["optimizer"])
+        training.load_state(state)
+        mine = json.loads(found.documents.get(f"rank-{self._rank:05}.json", "{}"))
+        if mine and state["layout"] == training.layout():
+            set_random_state(mine["random"])
+            training.load_moved(mine["moved"])
+        self._lineage = [*state["lineage"], {"from": checkpoint.name, "layout": state["layout"]}]
+        self.good = checkpoint
+        return checkpoint.step
+
+    def close(self) -> bool:
+        """Wait for the last save; whether it succeeded, or nothing has been saved."""
+        committed = self._saver.wait()
+        self.tell()
+        return self._saved is None or all(self._from_all(self._saved and committed))
+
+    def tell(self) -> None:
+        """Rank 0: pass on what the committing thread has reported."""
+        while not self._news.empty():
+            kind, news = self._news.get()
+            tracker = self._tracker
+            if tracker is None:
+                continue
+            if kind == "failed":
+                tracker.event("save-failed", news.pop("message"), **news)
+                continue
+            checkpoint, removed = news["checkpoint"], news["removed"]
+            self.good = checkpoint
+            location = self._store.location(checkpoint)
+            tracker.event("checkpoint", f"step {checkpoint.step} saved to {location}", step=checkpoint.step)
+            tracker.checkpoint(checkpoint.step, location, news["metrics"])
+            for old in removed:
+                tracker.forget(old.step)
+
+    def _committed(self, checkpoint: Checkpoint, removed: list[Checkpoint]) -> None:
+        metrics = {} if checkpoint.metric is None else {"heldout/loss": checkpoint.metric}
+        self._news.put(("committed", {"checkpoint": checkpoint, "removed": removed, "metrics": metrics}))
+
+    def _failed(self, step: int, reason: str) -> None:
+        if self._rank != 0:
+            return
+        last = "there is none yet" if self.good is None else f"the last good one is that of step {self.good.step}"
+        message = f"the checkpoint of step {step} could not be saved: {reason}; {last}, training goes on"
+        self._news.put(("failed", {"message": message, "step": step, "reason": reason}))
+
+    def _documents(self) -> dict[str, str]:
+        training = self._training
+        mine = {"random": random_state(), "moved": {name: float(norm) for name, norm in training.levels.moved.items()}}
+        documents = {f"rank-{self._rank:05}.json": json.dumps(mine)}
+        if self._rank == 0:
+            state = training.state() | {
+                "format": FORMAT,
+                "layout": training.layout(),
+                "optimizer": optimizer_scalars(training.engine),
+                "lineage": self._lineage,
+            }
+            documents |= {"state.json": json.dumps(state, indent=1), "config.yaml": to_yaml(training.config)}
+        return documents
+
+    def _newest_good(self, before: int | None) -> Checkpoint | None:
+        names = self._from_first([checkpoint.name for checkpoint in self._store.checkpoints()])
+        found = {checkpoint.name: checkpoint for checkpoint in self._store.checkpoints()}
+        for name in names:
+            checkpoint = found[name]
+            if before is not None and checkpoint.step >= before:
+                continue
+            own = self._store.problems(checkpoint, self._rank, self._world)
+            problems = [problem for some in self._from_all(own) for problem in some]
+            if not problems:
+                return checkpoint
+            if self._tracker is not None:
+                message = (
+                    f"the checkpoint of step {checkpoint.step} is damaged ({problems[0]}); the one before it is used"
+                )
+                self._tracker.event("damaged", message, step=checkpoint.step, problems=problems)
+        return None
+
+    def _from_first(self, value: Any) -> Any:
+        values = [value]
+        dist.broadcast_object_list(values)
+        return values[0]
+
+    def _from_all(self, value: Any) -> list[Any]:
+        values = [None] * self._world
+        dist.all_gather_object(values, value)
+        return values

@@ -1,0 +1,196 @@
+"""The state of a training on one rank and its optimizer step; when to evaluate, log and save is the worker's concern.
+
+The number of a step decides its batch, learning rate and chunk size, so that a position is just two numbers: the steps
+done, and the batches passed over by going back to a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from nestling.config import JobConfig
+from nestling.data import Corpus, Feed
+from nestling.models import HopeConfig, build
+from nestling.models.hope import set_chunk_size
+from nestling.training.engine import levels_of, make_engine, optimizer_step, set_rate
+from nestling.training.groups import parameter_groups
+from nestling.training.guard import Guard
+from nestling.training.schedule import rate_factor
+
+#: Steps over which tokens per second are averaged.
+RATE_WINDOW = 20
+
+
+class Training:
+    """The state of a training loop on one rank.
+
+    Args:
+        config, corpus: the job and its prepared data.
+        device: where this rank computes.
+        rank, world: number of this worker, and of workers.
+        stopping: asked on rank 0 at every step whether training should stop after it.
+
+    Attributes:
+        done: optimizer steps taken, those that moved nothing included.
+        passed_over: batches left out by going back to a checkpoint.
+        loss: mean loss of the last step's batch, nats a token.
+        refused: why the last step moved nothing; empty if it did.
+        stop: whether rank 0 was asked to stop; equal on all ranks.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        corpus: Corpus,
+        device: torch.device,
+        rank: int,
+        world: int,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.config, self.corpus, self.device = config, corpus, device
+        self.rank, self.world, self._stopping = rank, world, stopping
+        length = config.data.sequence_length
+        self.feed = Feed(corpus.train, length, config.training.batch_tokens // length, config.seed, rank, world)
+        random.seed(config.seed)
+        torch.manual_seed(config.seed)
+        self.model = build(config.model).to(device)
+        self.model.activation_checkpointing = config.training.activation_checkpointing
+        self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
+        self.engine = make_engine(self.model, parameter_groups(self.model, config), config, world)
+        self.levels = levels_of(self.engine)
+        self.guard = Guard(config.training.spike_sigmas)
+        self.done = self.passed_over = 0
+        self.loss, self.gradient_norm = math.nan, math.nan
+        self.refused, self.stop = "", False
+        self.restart_clock()
+
+    def step(self) -> float:
+        """One optimizer step; returns `loss`."""
+        self.done += 1
+        set_rate(self.engine, rate_factor(self.done, self.config.training))
+        self._pass_over_batch(self._judge)
+        self._ends.append(time.perf_counter())
+        return self.loss
+
+    def first_bad_gradient(self) -> str:
+        """Go over the last batch once more, moving nothing, and name the first gradient from the loss backwards that is
+        not finite, or else the largest one; every rank must call it."""
+        seen: list[tuple[str, float]] = []
+
+        def watch(name: str) -> Callable[[torch.Tensor], None]:
+            return lambda gradient: seen.append((name, float(gradient.float().norm())))
+
+        hooks = [parameter.register_hook(watch(name)) for name, parameter in self.model.named_parameters()]
+        self._pass_over_batch(lambda norm: True)
+        for hook in hooks:
+            hook.remove()
+        mine = next(((name, norm) for name, norm in seen if not math.isfinite(norm)), None)
+        everyone: list[Any] = [None] * self.world
+        dist.all_gather_object(everyone, (mine, max(seen, key=lambda pair: pair[1], default=None)))
+        for rank, (bad, _) in enumerate(everyone):
+            if bad is not None:
+                return (
+                    f"the first gradient that is not finite, from the loss backwards, is that of {bad[0]} (rank {rank})"
+                )
+        largest = max((large for _, large in everyone if large is not None), key=lambda pair: pair[1])
+        return f"all gradients are finite, the largest is that of {largest[0]} (norm {largest[1]:.3g})"
+
+    def record(self) -> dict[str, float]:
+        """The metrics of the last step; every rank takes part, because update norms are summed over shards."""
+        training = self.config.training
+        record = {
+            "train/loss": self.loss,
+            "train/bits_per_byte": self.corpus.bits_per_byte(self.loss, "train"),
+            "train/tokens": self.done * training.batch_tokens,
+            "train/tokens_per_second": self._tokens_per_second(),
+            "train/learning_rate": rate_factor(self.done, training) * training.learning_rate,
+            "train/gradient_norm": self.gradient_norm,
+            "train/skipped_steps": self.guard.skipped,
+        }
+        squared = self.levels.pop_update_norms()
+        names = sorted(self.levels.updates)
+        norms = torch.tensor([float(squared.get(name, 0.0)) for name in names], device=self.device)
+        if self.engine.zero_optimization():  # each rank moved its own shard
+            dist.all_reduce(norms)
+        for name, norm in zip(names, norms.sqrt().tolist(), strict=True):
+            record[f"levels/{name}/updates"] = self.levels.updates[name]
+            record[f"levels/{name}/update_norm"] = norm
+        for group in self.engine.optimizer.param_groups:
+            record[f"levels/{group['name']}/learning_rate"] = group["lr"]
+        return {key: value for key, value in record.items() if math.isfinite(value)}
+
+    def state(self) -> dict[str, Any]:
+        """What `load_state` takes: all that is neither a tensor nor a rank's own, as JSON can hold it."""
+        return {
+            "step": self.done,
+            "passed_over": self.passed_over,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "updates": self.levels.updates,
+            "guard": self.guard.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up the position and the counters of a state."""
+        self.done, self.passed_over = state["step"], state["passed_over"]
+        self.loss = math.nan if state["loss"] is None else state["loss"]
+        self.levels.updates.update({name: n for name, n in state["updates"].items() if name in self.levels.updates})
+        self.levels.moved = {}
+        self.guard.load(state["guard"])
+
+    def load_moved(self, moved: Mapping[str, float]) -> None:
+        """What this rank's shards have moved by since the last record."""
+        self.levels.moved = {name: torch.tensor(norm, device=self.device) for name, norm in moved.items()}
+
+    def layout(self) -> dict[str, Any]:
+        """How the state is spread; a checkpoint of the same layout comes back to the bit."""
+        training = self.config.training
+        return {"workers": self.world, "zero_stage": training.zero_stage, "precision": training.precision}
+
+    def restart_clock(self) -> None:
+        """Leave what has been done since the last step out of the tokens per second."""
+        self._ends: deque[float] = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
+
+    def _pass_over_batch(self, refuse: Callable[[float], bool]) -> None:
+        """Forward, backward and optimizer step on the batch of step `done`; sets its loss and gradient norm."""
+        self.engine.train()
+        model = self.config.model
+        if isinstance(model, HopeConfig) and model.redraw_chunk_sizes:
+            draw = random.Random(f"{self.config.seed} chunk size {self.done}")
+            set_chunk_size(self.model, draw.choice(model.redraw_chunk_sizes))
+        rows = torch.from_numpy(self.feed.batch(self.done - 1 + self.passed_over)).to(self.device)
+        pieces = rows.split(self.engine.train_micro_batch_size_per_gpu())
+        # Sum of the losses, predicted tokens, and whether to stop: what all ranks have to know before they move.
+        figures = torch.zeros(3, dtype=torch.float64, device=self.device)
+        figures[2] = self.rank == 0 and self._stopping()
+        for place, piece in enumerate(pieces):
+            inputs, targets = piece[:, :-1], piece[:, 1:]
+            logits, _ = self.engine(inputs)
+            total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+            self.engine.backward(total / targets.numel())
+            figures[0] += total.detach()
+            figures[1] += targets.numel()
+            if place == len(pieces) - 1:
+                dist.all_reduce(figures)
+                nats, predicted, stop = figures.tolist()
+                self.loss, self.stop = nats / predicted, stop > 0
+            norm = optimizer_step(self.engine, self.config.training.clip, refuse)
+        set_chunk_size(self.model, None)
+        assert norm is not None
+        self.gradient_norm = norm
+
+    def _judge(self, norm: float) -> bool:
+        self.refused = self.guard.judge(self.loss, norm)
+        return bool(self.refused)
+
+    def _tokens_per_second(self) -> float:
+        steps, seconds = len(self._ends) - 1, self._ends[-1] - self._ends[0]
+        return steps * self.config.training.batch_tokens / max(seconds, 1e-9)

@@ -1,0 +1,60 @@
+"""Which job a resumed run trains: the one in its folder, with what may change in the middle of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from nestling.config import ConfigError, JobConfig, from_yaml, to_mapping
+from nestling.tracking import RunFolder
+from nestling.tracking.parameters import flatten
+
+#: Keys that a resumed run may change. All others decide what the weights, the state and the position in the data mean.
+CHANGEABLE = (
+    "training.*",
+    "levels.*.period",
+    "levels.*.unit",
+    "levels.*.learning_rate",
+    "evaluation.*",
+    "checkpoint.*",
+    "tracking.*",
+    "data.source",
+)
+FIXED = ("training.batch_tokens",)
+
+
+def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
+    """The job of a run that goes on.
+
+    Raises:
+        ConfigError: the run has not begun or has nothing left to do, or an override changes what cannot change.
+    """
+    if not folder.config.exists():
+        raise ConfigError(
+            f"run {folder.run_id} ({folder.name}) ended before its training began, so there is nothing to resume; "
+            "start it again with nestling train"
+        )
+    text = folder.config.read_text(encoding="utf-8")
+    before, config = from_yaml(text), from_yaml(text, overrides)
+    # A runs folder may have been moved as a whole.
+    config = replace(config, run=replace(config.run, dir=str(folder.path.parent)))
+    old, new = flatten(to_mapping(before)), flatten(to_mapping(config))
+    for key in sorted(old.keys() | new.keys()):
+        if key != "run.dir" and old.get(key) != new.get(key) and not _changeable(key):
+            raise ConfigError(
+                f"{key}: is {old.get(key)} in run {folder.run_id} and cannot become {new.get(key)} in the middle of "
+                f"it; start a new run for that. A resumed run may change {', '.join(CHANGEABLE)}, but not "
+                f"{', '.join(FIXED)}"
+            )
+    info = folder.info()
+    if info.get("status") == "finished" and config.training.steps <= int(info["steps"]):
+        raise ConfigError(
+            f"run {folder.run_id} ({folder.name}) has finished its {info['steps']} steps; to train it further give it "
+            f"more of them: nestling resume {folder.run_id} training.steps={2 * int(info['steps'])}"
+        )
+    return config
+
+
+def _changeable(key: str) -> bool:
+    return key not in FIXED and any(fnmatchcase(key, pattern) for pattern in CHANGEABLE)

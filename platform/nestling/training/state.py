@@ -1,0 +1,185 @@
+"""What a training engine holds, in a form that does not depend on how it is sharded.
+
+A *share* is the stretch of one flattened parameter whose float32 master weights and optimizer state live on this
+rank: DeepSpeed keeps them in flat partitions, cut in another way by every ZeRO stage and number of workers. Saved as
+stretches of named tensors, any stage and any number of workers can take up what any other has left.
+"""
+
+from __future__ import annotations
+
+import base64
+import random
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nestling.checkpoint import WEIGHT, Piece, Pieces
+from nestling.training.engine import levels_of
+
+
+@dataclass(frozen=True)
+class Share:
+    """Elements [start, start + length) of the flattened parameter `name`, kept in `master` from `offset` on."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
+    #: What the optimizer moves: the parameter itself, or ZeRO's flat partition.
+    master: Tensor
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The share's stretch of `master`, or of a state tensor of the same shape."""
+        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
+
+
+def engine_pieces(engine: Any) -> list[Piece]:
+    """This rank's stretches of all weights and optimizer state, as they lie in memory: nothing is copied.
+
+    The ranks' pieces together are every tensor exactly once. Names are `weight/<parameter>` and `<state>/<parameter>`.
+    """
+    state = levels_of(engine).state
+    rank, world = engine.global_rank, engine.world_size
+    pieces = []
+    for share in _shares(engine):
+        mine = share if engine.zero_optimization() else _slice(share, rank, world)
+        if not mine.length:
+            continue
+        tensors = {"weight": mine.master} | _tensors(state.get(mine.master, {}), mine.master)
+        pieces += [Piece(f"{kind}/{mine.name}", mine.start, mine.of(tensor)) for kind, tensor in tensors.items()]
+    return pieces
+
+
+def optimizer_scalars(engine: Any) -> dict[str, dict[str, Any]]:
+    """Counters and flags of the optimizer state by parameter; they are equal on all ranks."""
+    state = levels_of(engine).state
+    return {
+        name: {key: value for key, value in state[master].items() if not torch.is_tensor(value)}
+        for name, master in _masters(engine).items()
+        if master in state
+    }
+
+
+@torch.no_grad()
+def load_engine(engine: Any, pieces: Pieces, scalars: Mapping[str, Mapping[str, Any]]) -> None:
+    """Put saved weights and optimizer state into a live engine; all ranks must call it.
+
+    Raises:
+        CheckpointError: a stretch that this rank needs is not there.
+    """
+    levels = levels_of(engine)
+    levels.state.clear()
+    for name, master in _masters(engine).items():
+        # Parameters of one flat partition have moved together, but one that had no gradient may have counted less.
+        for key, value in scalars.get(name, {}).items():
+            entry = levels.state[master]
+            entry[key] = max(entry.get(key, value), value)
+    kinds = sorted({name.partition("/")[0] for name in pieces.sizes} - {"weight"})
+    for share in _shares(engine):
+        if not share.length:
+            continue
+        share.of(share.master).copy_(pieces.read(WEIGHT + share.name, share.start, share.length))
+        for kind in kinds:
+            if f"{kind}/{share.name}" in pieces.sizes:
+                tensor = levels.state[share.master].setdefault(kind, torch.zeros_like(share.master))
+                share.of(tensor).copy_(pieces.read(f"{kind}/{share.name}", share.start, share.length))
+    _refresh_weights(engine)
+
+
+def _masters(engine: Any) -> dict[str, Tensor]:
+    """What the optimizer moves for each parameter. A rank has a partition for every group, if only of padding."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    if not engine.zero_optimization():
+        return {name: parameter for name, parameter in engine.module.named_parameters()}
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
+    else:
+        groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
+    return {names[id(p)]: flat for group, flat in zip(groups, flats, strict=True) for p in group}
+
+
+def _shares(engine: Any) -> Iterator[Share]:
+    masters = _masters(engine)
+    for name, parameter in engine.module.named_parameters():
+        start, length, offset = _place(engine, parameter)
+        yield Share(name, start, length, offset, masters[name])
+
+
+def _place(engine: Any, parameter: Any) -> tuple[int, int, int]:
+    """Start and length of this rank's stretch of a parameter, and where it begins in its flat partition."""
+    if not engine.zero_optimization():
+        return 0, parameter.numel(), 0
+    if engine.zero_optimization_stage() == 3:
+        _, offset, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
+        start = min(engine.global_rank * size, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start), offset
+    mapping = parameter._hp_mapping  # None where another rank has it all
+    if mapping is None:
+        return 0, 0, 0
+    return mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, mapping.hp_fragment_address.start
+
+
+def _slice(share: Share, rank: int, world: int) -> Share:
+    """A rank's part of a share that all ranks have."""
+    start, end = share.length * rank // world, share.length * (rank + 1) // world
+    return Share(share.name, start, end - start, start, share.master)
+
+
+def _tensors(state: Mapping[str, Any], master: Tensor) -> dict[str, Tensor]:
+    tensors = {key: value for key, value in state.items() if torch.is_tensor(value)}
+    for key, value in tensors.items():
+        if value.shape != master.shape:
+            raise ValueError(f"optimizer state {key!r} has the shape {tuple(value.shape)}, needs that of its parameter")
+    return tensors
+
+
+def _refresh_weights(engine: Any) -> None:
+    """Make the weights that the model computes with follow the float32 masters."""
+    if not engine.zero_optimization():
+        return
+    zero = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        zero.update_lp_params()
+        return
+    zero._partition_all_parameters()
+    for number in range(len(zero.fp16_groups)):
+        zero._reassign_or_swap_out_partitioned_parameters(number)
+    if zero.persistent_parameters:
+        zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random number generator of this process, as JSON can hold it."""
+    numpy_state: Any = np.random.get_state(legacy=False)
+    state = {
+        "python": random.getstate(),
+        "numpy": numpy_state | {"state": numpy_state["state"] | {"key": numpy_state["state"]["key"].tolist()}},
+        "torch": _encode(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _encode(torch.cuda.get_rng_state())
+    return state
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """The inverse of `random_state`."""
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    key = np.array(state["numpy"]["state"]["key"], dtype=np.uint32)
+    np.random.set_state(dict(state["numpy"]) | {"state": dict(state["numpy"]["state"]) | {"key": key}})
+    torch.set_rng_state(_decode(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _encode(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode()
+
+
+def _decode(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
