@@ -31,7 +31,8 @@ class Guard:
 
     def judge(self, loss: float, norm: float) -> str:
         """Why the step must not move the weights; empty if it may. Every rank asks with the same figures."""
-        figures = {"loss": loss, "gradient norm": norm}
+        # A gradient's norm varies by factors and not by differences, so it is its logarithm that is compared.
+        figures = {"loss": loss, "gradient norm": math.log(norm) if norm > 0 else norm}
         for name, value in figures.items():
             if reason := self._strange(name, value):
                 self.skipped += 1
@@ -51,9 +52,9 @@ class Guard:
         mean, deviation = statistics.fmean(usual), statistics.pstdev(usual)
         if value <= mean + self._sigmas * deviation:
             return ""
-        return (
-            f"the {name} is {value:.4g}, a spike over the {mean:.4g} +- {deviation:.2g} of the last {len(usual)} steps"
-        )
+        if name == "gradient norm":
+            value, mean = math.exp(value), math.exp(mean)
+        return f"the {name} is {value:.4g}, a spike over the usual {mean:.4g} of the last {len(usual)} steps"
 
     def state(self) -> dict[str, Any]:
         """What `load` takes, as JSON can hold it."""
@@ -65,4 +66,4 @@ class Guard:
         for name, values in state["usual"].items():
             self._usual[name] = deque(values, maxlen=WINDOW)
         self.skipped = max(self.skipped, state["skipped"])
-        self.in_a_row = 0
+        self.in_a_row = state["in_a_row"]
