@@ -20,6 +20,7 @@ from nestling.config import from_yaml, load, to_mapping
 from nestling.jobs.app import app
 from nestling.jobs.evaluate import report
 from nestling.tracking import RunFolder, start
+from nestling.tracking.outbox import Outbox
 
 ROOT = Path(__file__).parents[2]
 
@@ -115,11 +116,13 @@ def test_runs(run: RunFolder, tmp_path: Path) -> None:
     other = RunFolder.create(tmp_path / "runs", "other")
     known: dict[str, Any] = {"run_id": run.run_id, "name": "small", "status": "finished"}
     known |= {"steps": 1000, "tokens": 512000, "heldout_bits_per_byte": 2.345}
-    unknown: dict[str, Any] = {"run_id": other.run_id, "name": "other", "status": "running"}
+    unknown: dict[str, Any] = {"run_id": other.run_id, "name": "other", "status": "stopped"}
     unknown |= {"steps": None, "tokens": None, "heldout_bits_per_byte": None}
     assert result(nestling("runs", "--json")) == {"runs": [known, unknown]}
     assert result(nestling("runs", f"run.dir={tmp_path}/runs", "--json"))["runs"][0] == known
     assert result(nestling("runs", f"run.dir={tmp_path}/none", "--json")) == {"runs": []}
+    with other.claim():
+        assert result(nestling("runs", "--json"))["runs"][1]["status"] == "running"
     table = nestling("runs").stdout
     assert run.run_id in table and "512,000" in table and "2.345" in table
 
@@ -221,6 +224,20 @@ def test_ui_without_anything_to_show() -> None:
 def test_ui_of_a_tracking_server() -> None:
     uri = "http://tracking.example:5000"
     assert result(nestling("ui", f"tracking.uri={uri}", "--json")) == {"address": uri, "tracking_uri": uri}
+
+
+def test_ui_sends_what_mlflow_missed(run: RunFolder) -> None:
+    tracked = start({"seed": 0}, run, None, "nestling")
+    outbox = Outbox(run.mlflow, patience=0)
+    outbox.put_metrics({"train/loss": 1.5}, 1)
+    outbox.close()
+    ended = nestling("ui", "tracking.uri=http://tracking.example:5000")
+    assert f"run {run.run_id}: MLflow has everything now" in ended.stderr
+    from mlflow import MlflowClient
+
+    found = MlflowClient(tracked.uri).get_run(tracked.mlflow_run_id)
+    assert (found.info.status, found.data.metrics["train/loss"]) == ("FINISHED", 1.5)
+    assert "MLflow" not in nestling("ui", "tracking.uri=http://tracking.example:5000").stderr
 
 
 def test_ui_on_a_port_that_is_taken(tmp_path: Path) -> None:

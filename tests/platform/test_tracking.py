@@ -1,4 +1,4 @@
-"""Run folders, the MLflow run of a training and its picture, on a real sqlite database and a real MLflow server."""
+"""The MLflow run of a training that goes well, on a real sqlite database."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`nestling ui`: MLflow's pages over the runs, served from this machine until Ctrl-C."""
+"""`nestling ui`: MLflow's pages over the runs, served from this machine until Ctrl-C.
+
+Before that, what MLflow missed of runs that have ended is sent to it, so that the pages show it.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from nestling.config import RunConfig, pick
 from nestling.jobs.arguments import AsJson, Overrides
 from nestling.jobs.output import FAILED, WRONG_USAGE, Stop, say, verb
 from nestling.tracking.client import resolve_uri, shown
+from nestling.tracking.lifecycle import deliver
 
 
 @verb("address", "tracking_uri")
@@ -26,18 +30,30 @@ def ui(
 ) -> dict[str, Any]:
     """Show the runs of run.dir (or of tracking.uri) in MLflow."""
     given = pick(overrides or (), "run.dir", "tracking.uri")
-    uri = resolve_uri(given.get("tracking.uri"), given.get("run.dir", RunConfig().dir))
+    runs_dir = given.get("run.dir", RunConfig().dir)
+    uri = resolve_uri(given.get("tracking.uri"), runs_dir)
     if uri.startswith(("http:", "https:")):
+        _deliver(runs_dir)
         say(f"runs are tracked by a server of its own: {shown(uri)}")
         return {"address": uri, "tracking_uri": uri}
     database = Path(uri.removeprefix("sqlite:///"))
     if uri.startswith("sqlite:///") and not database.is_file():
         raise Stop(f"{database} does not exist: nothing is tracked there yet; nestling train quickstart", WRONG_USAGE)
     _check_port(host, port)
+    _deliver(runs_dir)
     address = f"http://{host}:{port}"
     say(f"{address}  (Ctrl-C to stop)")
     _serve(uri, host, port)
     return {"address": address, "tracking_uri": uri}
+
+
+def _deliver(runs_dir: str) -> None:
+    for run_id, arrived in deliver(runs_dir).items():
+        say(
+            f"run {run_id}: MLflow has everything now"
+            if arrived
+            else f"run {run_id}: MLflow does not take yet what it missed; the next run or nestling ui tries again"
+        )
 
 
 def _check_port(host: str, port: int) -> None:
