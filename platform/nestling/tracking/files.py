@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,13 +21,18 @@ _RETRY = 0.1  # seconds between two attempts at a lock
 
 def replace_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write `content` as the whole of `path`; a reader finds the old content or the new one."""
+    draft_json(path, content).replace(path)
+
+
+def draft_json(path: Path, content: Mapping[str, Any]) -> Path:
+    """Write `content` safely onto the disk beside `path`, to replace it at the right moment."""
     draft = path.with_name(f"{path.name}.tmp")
     with draft.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    draft.replace(path)
+    return draft
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -58,16 +64,15 @@ def cut_half_line(path: Path) -> None:
 
 
 class Locked(RuntimeError):
-    """Another living process holds the lock; `holder` is what it wrote about itself."""
+    """Another living process holds the lock; the message names it."""
 
-    def __init__(self, holder: Mapping[str, Any]) -> None:
-        super().__init__(f"held by {dict(holder)}")
-        self.holder = holder
+    def __init__(self, about: Mapping[str, Any]) -> None:
+        super().__init__(f"process {about.get('pid', '?')} on {about.get('host', '?')}")
 
 
 @contextmanager
-def locked(path: Path, patience: float, **about: Any) -> Iterator[None]:
-    """Hold the lock of a file, waiting for it at most `patience` seconds; `about` is told to those who do not get it.
+def locked(path: Path, patience: float) -> Iterator[None]:
+    """Hold the lock of a file, waiting for it at most `patience` seconds.
 
     Raises:
         Locked: somebody else still has it.
@@ -81,7 +86,7 @@ def locked(path: Path, patience: float, **about: Any) -> Iterator[None]:
                 raise Locked(read_json(path))
             time.sleep(_RETRY)
         os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, json.dumps(about).encode(), 0)
+        os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
     finally:
         os.close(descriptor)

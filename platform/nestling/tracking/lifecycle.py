@@ -25,6 +25,7 @@ from nestling.tracking.courier import (
     note_end,
     note_resumed,
 )
+from nestling.tracking.files import Locked
 from nestling.tracking.parameters import flatten, log_parameters, resume_run
 from nestling.tracking.runs import RunFolder, list_runs
 
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "stopped": "KILLED"}
+_STATUS = {"finished": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
 _FINISH_PATIENCE = 15.0  # seconds
 _DELIVERY_PATIENCE = 10.0  # seconds
 
@@ -88,6 +89,8 @@ def finish(run: TrackedRun, folder: RunFolder, status: str, figure: Path | None 
         if deliver_rest(folder, run.uri, run.mlflow_run_id, _FINISH_PATIENCE):
             return
         cause = "it was too slow"
+    except Locked as busy:
+        cause = f"{busy} is still sending"
     except Exception as error:  # MLflow raises its own errors, SQLAlchemy's, urllib's and plain ones
         cause = reason(error)
     log.warning(
@@ -120,7 +123,7 @@ def deliver(runs_dir: str | Path, besides: RunFolder | None = None) -> dict[str,
             continue
         if not has_end(folder):
             last = folder.log if folder.log.exists() else folder.path
-            note_end(folder, _STATUS[info["status"]], last.stat().st_mtime, [folder.config])
+            note_end(folder, _STATUS.get(info["status"], "KILLED"), last.stat().st_mtime, [folder.config])
         if not has_mail(folder):
             continue
         arrived[folder.run_id] = False

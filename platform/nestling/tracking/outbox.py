@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestling.tracking.files import cut_half_line, locked, read_json, replace_json
+from nestling.tracking.files import cut_half_line, draft_json, locked, read_json, replace_json
 
 Entry = dict[str, Any]
 
@@ -54,8 +53,7 @@ class Outbox:
 
     def __init__(self, place: Path, patience: float) -> None:
         self._open = ExitStack()
-        about = {"pid": os.getpid(), "host": socket.gethostname()}
-        self._open.enter_context(locked(place / "lock", patience, **about))
+        self._open.enter_context(locked(place / "lock", patience))
         self._guard = threading.Lock()
         self._state = place / "position.json"
         queue = place / "queue.jsonl"
@@ -119,7 +117,7 @@ class Outbox:
         """Note that MLflow has everything up to `end`; `rows` are the last ones of it."""
         self._offset = end
         self.last.update(rows)
-        replace_json(self._state, self._position())
+        replace_json(self._state, self._position(end))
         if end > _COMPACT and self.empty:
             self._compact()
 
@@ -146,15 +144,16 @@ class Outbox:
             self._note(entry)
 
     def _compact(self) -> None:
-        """Empty the file, unless something was put meanwhile."""
+        """Empty the file, unless something was put meanwhile; the training does not wait for the disk here."""
+        draft = draft_json(self._state, self._position(0))
         with self._guard:
             if self.empty:
                 os.ftruncate(self._writer.fileno(), 0)
+                draft.replace(self._state)
                 self._offset = 0
-                replace_json(self._state, self._position())
 
-    def _position(self) -> dict[str, Any]:
-        return {"offset": self._offset, "time": self._time, "last": self.last}
+    def _position(self, offset: int) -> dict[str, Any]:
+        return {"offset": offset, "time": self._time, "last": self.last}
 
     def _size(self) -> int:
         return os.fstat(self._writer.fileno()).st_size

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import secrets
-import socket
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -156,12 +154,11 @@ class RunFolder:
             RunBusyError: another process is training the run.
         """
         try:
-            with locked(self._claim, _CLAIM_PATIENCE, pid=os.getpid(), host=socket.gethostname()):
+            with locked(self._claim, _CLAIM_PATIENCE):
                 yield
         except Locked as busy:
-            by = f" by process {busy.holder['pid']} on {busy.holder['host']}" if "pid" in busy.holder else ""
             raise RunBusyError(
-                f"run {self.run_id} ({self.name}) is being trained{by}; wait for its end, or stop it (Ctrl-C) first"
+                f"run {self.run_id} ({self.name}) is being trained by {busy}; wait for its end or stop it (Ctrl-C)"
             ) from busy
 
     @property

@@ -37,9 +37,8 @@ class Tracker:
         try:
             outbox = Outbox(folder.mlflow, _LOCK_PATIENCE)
         except Locked as busy:
-            other = f"process {busy.holder.get('pid', '?')} on {busy.holder.get('host', '?')}"
             raise TrackingError(
-                f"run {folder.run_id} is still recorded by {other}, which had {_LOCK_PATIENCE:.0f} seconds to end; "
+                f"run {folder.run_id} is still recorded by {busy}, which had {_LOCK_PATIENCE:.0f} seconds to end; "
                 "end it, then resume the run"
             ) from busy
         self._folder = folder
