@@ -12,7 +12,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from nestling.checkpoint.draft import Draft
@@ -25,6 +25,9 @@ from nestling.tracking.client import shown
 
 PATIENCE = 1800.0
 """Seconds that the first rank waits for the receipts of the others; uploads of large shards take minutes."""
+
+GRACE = 5.0
+"""Seconds that it still waits when the save has failed anyway, to clean up behind all of them."""
 
 _STAGES = ("write", "hash", "sync", "upload", "commit")
 _log = logging.getLogger(__name__)
@@ -175,15 +178,10 @@ class Saver:
         Raises:
             CheckpointError: a rank failed, or did not report in time.
         """
-        receipts = {0: receipt}
-        end, pause = time.monotonic() + PATIENCE, 0.01
-        while len(receipts) < self._world and time.monotonic() < end:
-            receipts |= draft.receipts(self._world, receipts)
-            if len(receipts) < self._world:
-                time.sleep(pause)
-                pause = min(1.5 * pause, 1.0)
+        receipts = self._collect(draft, receipt)
         failures = [f"rank {rank}: {receipt['error']}" for rank, receipt in receipts.items() if "error" in receipt]
-        if missing := [str(rank) for rank in range(self._world) if rank not in receipts]:
+        missing = [str(rank) for rank in range(self._world) if rank not in receipts]
+        if missing and not failures:
             failures.append(
                 f"nothing was heard from rank {', '.join(missing)} for {PATIENCE:.0f} seconds; "
                 "all nodes must see the same folder, and every rank must commit"
@@ -195,6 +193,19 @@ class Saver:
             raise CheckpointError("; ".join(failures))
         return draft.commit(dict(files), metric)
 
+    def _collect(self, draft: Draft, receipt: Mapping[str, Any]) -> dict[int, Mapping[str, Any]]:
+        """The receipts of all ranks that report in time, rank 0's own being this one."""
+        receipts = {0: receipt}
+        deadline, pause = time.monotonic() + PATIENCE, 0.01
+        while len(receipts) < self._world and time.monotonic() < deadline:
+            if any("error" in receipt for receipt in receipts.values()):
+                deadline = min(deadline, time.monotonic() + GRACE)
+            time.sleep(pause)
+            pause = min(1.5 * pause, 1.0)
+            with suppress(OSError):  # a place that cannot be listed now may be there again the next time
+                receipts |= draft.receipts(self._world, receipts)
+        return receipts
+
     def _prune(self) -> list[Checkpoint]:
         """Remove old checkpoints; one that cannot be removed is no reason to call the save a failure."""
         try:
@@ -205,8 +216,11 @@ class Saver:
 
     def _report(self, draft: Draft, error: Exception) -> None:
         """Say that a save failed, and clean up after it; once committed, only the callback can have failed."""
-        if self._rank != 0 or self._succeeded:
-            _log.error("saving step %d: %s", self._step, shown(str(error)), exc_info=error)
+        if self._rank != 0:
+            _log.error("step %d: rank %d cannot deliver its share: %s", self._step, self._rank, shown(str(error)))
+            return
+        if self._succeeded:
+            _log.error("step %d was saved, but that could not be reported", self._step, exc_info=error)
             return
         draft.drop()
         try:

@@ -1,0 +1,33 @@
+"""What the tests of the platform share: a server that speaks S3."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from uuid import uuid4
+
+import pytest
+from pyarrow.fs import FileSystem
+
+
+@pytest.fixture(scope="session")
+def s3_options() -> Iterator[str]:
+    """The options of a URI of pyarrow's that lead to an S3 server on this machine."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+    server.stop()
+
+
+@pytest.fixture
+def s3_place(s3_options: str) -> str:
+    """The URI of an empty folder on that server, with credentials in it."""
+    bucket = f"bucket-{uuid4().hex}"
+    uri = f"s3://KEY:SECRET@{bucket}?{s3_options}&allow_bucket_creation=true"
+    files, root = FileSystem.from_uri(uri)
+    files.create_dir(root)
+    return f"s3://KEY:SECRET@{bucket}/runs/one?{s3_options}"
