@@ -191,7 +191,7 @@ def test_too_many_in_a_row_go_back_and_past_the_batches(runs):
     events = [event for event in events if event["kind"] == "rolled-back"]
     assert len(events) == 1 and events[0]["step"] == 8
     assert "step 13 (batch 12): the loss is not finite" in events[0]["message"]
-    assert "is of head.weight (rank 1)" in events[0]["message"]
+    assert "that of head.weight (rank 1)" in events[0]["message"]
     assert [record["step"] for record in folders["rollback"].records()] == list(range(1, STEPS + 1))
 
 
@@ -199,7 +199,7 @@ def test_a_run_that_may_not_go_back_stops_with_a_report(runs):
     results, _ = runs
     result = results["stop"]["result"]
     assert result["status"] == "failed" and result["steps"] == 13
-    for part in ("step 13 (batch 12)", "3 steps in a row", "is of head.weight (rank 1)", "training.learning_rate"):
+    for part in ("step 13 (batch 12)", "3 steps in a row", "that of head.weight (rank 1)", "training.learning_rate"):
         assert part in result["error"]
     assert result["checkpoint"].endswith("step-00000008")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,7 +72,8 @@ def ending(folder: RunFolder, max_failures: int) -> Any:
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             self.failures += 1
             rank, error = next(iter(worker_exceptions.items()))
-            text = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
+            text = textwrap.shorten(last_line, 160, placeholder=" ...")  # Ray lists everything that can kill a process
             follows = (
                 f"starting again from the last checkpoint ({self.failures} of {max_failures})"
                 if self.failures <= max_failures

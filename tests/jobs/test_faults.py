@@ -1,0 +1,242 @@
+"""What happens to a run when processes die, people lose patience and files rot: it goes on, to the bit.
+
+Every fault is real: a signal to a real process, a file changed on disk. The reference is a run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STEPS = 150
+JOB = [
+    *("training.workers=2", "training.zero_stage=2", "training.batch_tokens=256", "training.micro_batch=1"),
+    *(f"training.steps={STEPS}", "training.log_every=1", "training.warmup_steps=2", "training.evaluate_every=0"),
+    *("training.checkpoint_every=20", "data.sequence_length=64", "model.width=32", "model.heads=1"),
+    *("levels=[{width: 32, period: 7}, {width: 32, period: 1, optimizer: sgd}]", "evaluation.final_tokens=256"),
+]
+
+pytestmark = pytest.mark.slow
+
+
+class Run:
+    """A run of the command line in a process of its own."""
+
+    def __init__(self, runs: Path, *arguments: str) -> None:
+        environment = dict(os.environ) | {"NESTLING_RUNS": str(runs)}
+        environment.pop("MLFLOW_TRACKING_URI", None)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nestling.jobs.app", *arguments, "--json"],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.runs = runs
+
+    def folder(self) -> Path:
+        """The newest run's folder, when there is one."""
+        self.until(lambda: any(self.runs.glob("*/run.json")))
+        return max(self.runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime).parent
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not holds():
+            assert time.monotonic() < deadline and self.process.poll() is None, self.ended()
+            time.sleep(0.02)
+
+    def reaches(self, step: int) -> Path:
+        folder = self.folder()
+        log = folder / "log.jsonl"
+        self.until(lambda: log.exists() and log.read_bytes().count(b"\n") >= step)
+        return folder
+
+    def worker(self, number: int = 0) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return [child for child in children if "RayTrainWorker" in "".join(child.cmdline())][number]
+
+    def ended(self) -> tuple[int, dict[str, Any], str]:
+        """Exit code, JSON and what was said."""
+        try:
+            out, err = self.process.communicate(timeout=150)
+        finally:
+            self.process.kill()
+        return self.process.returncode, json.loads(out.splitlines()[-1]) if out else {}, err
+
+
+def fingerprint(folder: Path) -> tuple[str, list[tuple[int, float]]]:
+    """Hash of the final weights, and the loss of every step."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    return weights, [(record["step"], record["train/loss"]) for record in records]
+
+
+def events(folder: Path, kind: str) -> list[dict[str, Any]]:
+    found = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    return [event for event in found if event["kind"] == kind]
+
+
+def history(folder: Path) -> list[tuple[int, float]]:
+    """What MLflow has of the training loss."""
+    import mlflow
+
+    info = json.loads((folder / "run.json").read_text())
+    client = mlflow.MlflowClient(info["tracking_uri"])
+    assert client.get_run(info["mlflow_run_id"]).info.status == "FINISHED"
+    (experiment,) = {run.experiment_id for run in client.search_experiments() if run.name == "nestling"}
+    assert len(client.search_runs([experiment])) == 1  # the same MLflow run went on
+    return [(metric.step, metric.value) for metric in client.get_metric_history(info["mlflow_run_id"], "train/loss")]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[int, float]]]:
+    run = Run(tmp_path_factory.mktemp("undisturbed"), "train", "quickstart", *JOB)
+    code, summary, err = run.ended()
+    assert code == 0, err
+    assert summary["checkpoint"].endswith("step-00000150") and Path(summary["checkpoint"]).is_dir()
+    weights, losses = found = fingerprint(Path(summary["run_dir"]))
+    assert [step for step, _ in losses] == list(range(1, STEPS + 1))
+    assert losses[-1][1] < losses[0][1] - 1
+    return found
+
+
+def test_kill_9_of_a_worker(tmp_path: Path, undisturbed: Any) -> None:
+    run = Run(tmp_path, "train", "quickstart", *JOB)
+    folder = run.reaches(50)
+    run.worker(1).kill()
+    code, summary, err = run.ended()
+    assert code == 0, err
+    assert "its worker process has died" in err and "starting again from the last checkpoint (1 of 3)" in err
+    assert "training goes on from the checkpoint of step 40" in err
+    assert fingerprint(folder) == undisturbed
+    assert history(folder) == undisturbed[1]
+    assert summary["steps"] == STEPS
+
+
+def test_kill_9_of_a_worker_that_may_not_be_repeated(tmp_path: Path, undisturbed: Any) -> None:
+    run = Run(tmp_path, "train", "quickstart", *JOB, "training.max_failures=0")
+    folder = run.reaches(30)
+    run.worker(0).kill()
+    code, summary, err = run.ended()
+    assert code == 1 and summary["status"] == "failed"
+    assert "giving up after training.max_failures=0" in err and f"nestling resume {summary['run_id']}" in err
+    code, summary, err = Run(tmp_path, "resume", "latest").ended()
+    assert code == 0, err
+    assert fingerprint(folder) == undisturbed
+
+
+def test_kill_9_of_the_driver(tmp_path: Path, undisturbed: Any) -> None:
+    run = Run(tmp_path, "train", "quickstart", *JOB)
+    folder = run.reaches(70)
+    second = Run(tmp_path, "resume", "latest").ended()
+    assert second[0] == 2 and "being trained" in second[2]
+    run.process.kill()
+    run.ended()
+    listed = subprocess.run(
+        [sys.executable, "-m", "nestling.jobs.app", "runs", f"run.dir={tmp_path}", "--json"], capture_output=True
+    )
+    assert json.loads(listed.stdout)["runs"][0]["status"] == "stopped"
+    code, summary, err = Run(tmp_path, "resume", "latest").ended()
+    assert code == 0, err
+    assert summary["run_dir"] == str(folder) and summary["status"] == "finished"
+    assert events(folder, "resumed")[-1]["step"] >= 60
+    assert fingerprint(folder) == undisturbed
+    assert history(folder) == undisturbed[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_the_run_goes_on(tmp_path: Path, undisturbed: Any, number: signal.Signals) -> None:
+    run = Run(tmp_path, "train", "quickstart", *JOB)
+    run.reaches(45)
+    run.process.send_signal(number)
+    code, summary, err = run.ended()
+    assert code == 130 and summary["status"] == "interrupted", err
+    assert summary["steps"] % 20 and summary["checkpoint"].endswith(f"step-{summary['steps']:08}")
+    assert "saving a checkpoint" in err and f"nestling resume {summary['run_id']}" in err and "Traceback" not in err
+    evaluated = subprocess.run(
+        [sys.executable, "-m", "nestling.jobs.app", "evaluate", "latest", f"run.dir={tmp_path}", "--json"],
+        capture_output=True,
+    )
+    assert json.loads(evaluated.stdout)["heldout_loss"] > 0  # from the checkpoint
+    code, resumed, err = Run(tmp_path, "resume", summary["run_id"]).ended()
+    assert code == 0, err
+    assert f"training goes on from the checkpoint of step {summary['steps']}" in err
+    assert fingerprint(Path(resumed["run_dir"])) == undisturbed
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    run = Run(tmp_path, "train", "quickstart", *JOB)
+    folder = run.reaches(30)
+    os.kill(run.worker(0).pid, signal.SIGSTOP)  # the step never ends, so nothing can be saved
+    run.process.send_signal(signal.SIGINT)
+    run.until(lambda: "stopping" in (folder / "events.jsonl").read_text())
+    began = time.monotonic()
+    run.process.send_signal(signal.SIGINT)
+    code, summary, err = run.ended()
+    assert code == 130 and summary["status"] == "interrupted", err
+    assert summary["checkpoint"] is None or summary["checkpoint"].endswith("step-00000020")
+    assert time.monotonic() - began < 60  # it does not wait for the training that hangs
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, undisturbed: Any) -> None:
+    run = Run(tmp_path, "train", "quickstart", *JOB)
+    folder = run.reaches(90)
+    run.process.kill()
+    run.ended()
+    newest = max((folder / "checkpoints").glob("step-*"))
+    shard = next(newest.rglob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, _, err = Run(tmp_path, "resume", "latest").ended()
+    assert code == 0, err
+    (damaged,) = events(folder, "damaged")
+    assert str(shard) in damaged["message"] and "altered" in damaged["message"] and damaged["message"] in err
+    assert events(folder, "resumed")[-1]["step"] == int(newest.name[5:]) - 20
+    assert fingerprint(folder) == undisturbed
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MiB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(
+    tmp_path: Path, small_disk: Path, undisturbed: Any
+) -> None:
+    run = Run(tmp_path / "runs", "train", "quickstart", *JOB, f"checkpoint.dir={small_disk}")
+    folder = run.folder()
+    checkpoints = small_disk / folder.name
+    run.until(lambda: (checkpoints / "step-00000020").exists())
+    with pytest.raises(OSError, match="No space left"), (small_disk / "filler").open("ab", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    run.until(lambda: "save-failed" in (folder / "events.jsonl").read_text())
+    (failed, *_), saved = events(folder, "save-failed"), events(folder, "checkpoint")
+    assert "No space left on device" in failed["message"] and "training goes on" in failed["message"]
+    assert (checkpoints / f"step-{saved[-1]['step']:08}").is_dir()
+    (small_disk / "filler").unlink()
+    code, summary, err = run.ended()
+    assert code == 0, err
+    assert failed["message"] in err and summary["checkpoint"].endswith("step-00000150")
+    assert fingerprint(folder) == undisturbed
