@@ -1,9 +1,10 @@
-"""What the tests of the platform share: a server that speaks S3."""
+"""What the tests of the platform share: places for checkpoints, one of them on a server that speaks S3."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 from uuid import uuid4
 
 import pytest
@@ -31,3 +32,9 @@ def s3_place(s3_options: str) -> str:
     files, root = FileSystem.from_uri(uri)
     files.create_dir(root)
     return f"s3://KEY:SECRET@{bucket}/runs/one?{s3_options}"
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """Where checkpoints are kept: a folder, or a URI."""
+    return str(tmp_path / "checkpoints") if request.param == "local" else request.getfixturevalue("s3_place")

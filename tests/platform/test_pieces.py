@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import subprocess
 import sys
@@ -40,6 +41,10 @@ def test_every_dtype_lies_as_the_library_reads_it(tmp_path: Path, dtype: torch.d
         Piece("nothing", 0, values[0, :0]),
     ]
     write_pieces(tmp_path / "x", pieces, bucket_bytes=7)
+    data = (tmp_path / "x").read_bytes()
+    for entry in json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).values():
+        start, end = entry["data_offsets"]
+        assert not entry["shape"][0] or start % ((end - start) // entry["shape"][0]) == 0  # aligned
     loaded = load_file(tmp_path / "x")
     assert loaded.keys() == {"whole@0", "strided@5", "odd@0", "nothing@0"}
     reader = Pieces([tmp_path / "x"])

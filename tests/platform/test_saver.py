@@ -58,11 +58,6 @@ class Ranks:
         return newest.step == step and not self.store.problems(newest) and torch.equal(weight, WEIGHT + step)
 
 
-@pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    return str(tmp_path / "checkpoints") if request.param == "local" else request.getfixturevalue("s3_place")
-
-
 @pytest.fixture
 def ranks(place: str, tmp_path: Path) -> Ranks:
     return Ranks(place, tmp_path / "scratch")
@@ -93,6 +88,51 @@ def test_tensors_may_change_once_they_are_written(ranks: Ranks) -> None:
     weight.zero_()
     ranks.commit()
     assert ranks.newest_is(5)
+
+
+def test_every_file_is_synced_before_the_rename_and_the_folder_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        events.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+
+    def renamed(source: Path, target: Path) -> None:
+        rename(source, target)
+        events.append("renamed")
+
+    ranks = Ranks(tmp_path / "place", tmp_path)
+    ranks.write(1, "token")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    assert ranks.commit() == [True] * 3
+    at = events.index("renamed")
+    assert {f"rank-0000{rank}.safetensors" for rank in range(3)} | {"random-0.json"} < set(events[:at])
+    assert events[at - 2 : at + 2] == ["manifest.json", ".step-00000001.token", "renamed", "place"]
+
+
+def test_a_rename_that_fails_leaves_the_checkpoint_that_it_was_to_replace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranks = Ranks(tmp_path, tmp_path)
+    ranks.write(1, "first")
+    ranks.commit()
+    rename = os.rename
+
+    def refused(source: Path, target: Path) -> None:
+        if Path(source).name == ".step-00000001.second":
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    ranks.write(1, "second")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refused)
+        assert not ranks.commit()[0]
+    assert "Input/output error" in ranks.failures[0][1]
+    assert ranks.newest_is(1) and os.listdir(tmp_path) == ["step-00000001"]
 
 
 def test_a_full_disk_is_an_error_and_the_next_attempt_succeeds(ranks: Ranks) -> None:
@@ -180,17 +220,15 @@ def test_a_rank_that_never_reports_is_named(ranks: Ranks, monkeypatch: pytest.Mo
     assert ranks.store.checkpoints() == []
 
 
-def test_documents_have_names_of_their_own(ranks: Ranks) -> None:
+def test_documents_have_names_of_their_own(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path, tmp_path)
     for name in ("../state.json", "manifest.json", "x.safetensors", ".hidden", ""):
         with pytest.raises(ValueError, match="a checkpoint cannot hold a document"):
             ranks.savers[0].write(1, "token", [], {name: "{}"})
     for saver in ranks.savers:
         saver.write(1, "token", [], {"state.json": "{}"})
     assert not ranks.commit()[0] and ranks.store.checkpoints() == []
-    if ranks.store.draft(1, "token").remote:  # the first to upload takes the other's copy out of the scratch folder
-        assert "FileNotFoundError" in ranks.failures[0][1]
-    else:
-        assert ranks.failures == [(1, "two ranks wrote a document of the same name")]
+    assert ranks.failures == [(1, "two ranks wrote a document of the same name")]
 
 
 def test_commit_needs_something_written(ranks: Ranks) -> None:

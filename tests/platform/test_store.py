@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 import pickle
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,14 +15,9 @@ import torch
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from nestling.checkpoint import Checkpoint, CheckpointError, Piece, Saver, Store
+from nestling.checkpoint.manifest import dump, new_checkpoint
 
 WEIGHT = torch.arange(1000).float()
-
-
-@pytest.fixture(params=["local", "s3"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """Where checkpoints are kept: a folder, or a URI."""
-    return str(tmp_path / "checkpoints") if request.param == "local" else request.getfixturevalue("s3_place")
 
 
 @pytest.fixture
@@ -109,8 +106,7 @@ def test_a_damaged_file_is_named(
     change(place, f"{damaged.name}/{path}", edit)
     (text,) = store.problems(damaged)
     assert text.startswith(f"{store.location(damaged)}/{path} ")
-    with pytest.raises(AssertionError, match=reason):  # the pattern is the library's way to say what is wrong
-        raise AssertionError(text)
+    assert re.search(reason, text)
     shares = [store.problems(damaged, rank, 3) for rank in range(3)]
     assert sum(shares, []) == [text]
     if "s3" in place or "state" in file:
@@ -142,12 +138,12 @@ def test_a_damaged_manifest_is_named_and_the_checkpoint_before_it_is_the_newest(
     change(place, f"{damaged.name}/manifest.json", edit)
     (text,) = store.problems(damaged)
     assert text.startswith(f"{store.location(damaged)}/manifest.json is ")
+    assert sum((store.problems(damaged, rank, 2) for rank in range(2)), []) == [text]
     with caplog.at_level(logging.WARNING):
         assert steps(store) == [60]
     if edit or "s3" not in place:  # without a manifest a remote folder is a draft
         assert "step-00000120 is left out: " in caplog.text
-        with pytest.raises(AssertionError, match=reason):
-            raise AssertionError(caplog.text + text)
+        assert re.search(reason, caplog.text + text)
     assert store.prune(1, 0) == []
 
 
@@ -157,9 +153,7 @@ def test_a_manifest_of_a_replaced_checkpoint_is_named(store: Store) -> None:
     assert "manifest.json was replaced" in store.problems(old)[0]
 
 
-def test_a_manifest_cannot_lead_out_of_its_folder(place: str, store: Store, tmp_path: Path) -> None:
-    from nestling.checkpoint.manifest import dump, new_checkpoint
-
+def test_a_manifest_cannot_lead_out_of_its_folder(place: str, store: Store) -> None:
     save(store, 120)
     for path in ("../../secret", "/etc/passwd", "a/../b", "..", ".lock"):
         hostile = new_checkpoint(120, {path: {"bytes": 1, "sha256": "0"}}, None)  # its own sum is right
@@ -185,6 +179,7 @@ def test_the_newest_and_the_best_are_kept(place: str, store: Store) -> None:
     metrics = {1: 3.0, 2: 1.0, 3: None, 4: float("nan"), 5: 2.0, 6: 2.0, 7: 9.0, 8: None}
     for step, metric in metrics.items():
         save(store, step, metric)
+    assert [checkpoint.metric for checkpoint in store.checkpoints()] == [None, 9.0, 2.0, 2.0, None, None, 1.0, 3.0]
     removed = store.prune(keep=2, keep_best=2)
     assert [checkpoint.step for checkpoint in removed] == [5, 4, 3, 1]
     assert steps(store) == [8, 7, 6, 2]  # of the equals 5 and 6 the newer one
@@ -223,11 +218,11 @@ def test_what_killed_processes_left_is_no_checkpoint_and_is_cleared(place: str, 
     half_save(store, 180, "third")
     assert store.checkpoints() == [good] and store.problems(good) == []
     assert all_files(place) > before
-    store.clear_drafts()
+    with ThreadPoolExecutor(4) as processes:
+        list(processes.map(Store.clear_drafts, [store] * 4))
     assert all_files(place) == before and store.problems(good) == []
     assert not list((tmp_path / "scratch").glob("*"))
     assert torch.equal(store.open(good).pieces.read("weight"), WEIGHT)
-    store.clear_drafts()
 
 
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:

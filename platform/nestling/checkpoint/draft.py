@@ -87,7 +87,7 @@ class Draft:
         checkpoint = new_checkpoint(self._step, files, metric)
         self._place.write(f"{self._path}/{MANIFEST}", dump(checkpoint))
         sync(self.folder)
-        publish(self.folder)
+        _publish(self.folder)
         return checkpoint
 
     def drop(self) -> None:
@@ -99,13 +99,23 @@ class Draft:
                 self._place.remove(self._path)
 
 
-def publish(folder: Path) -> None:
+def target_of(folder: Path) -> Path:
+    """The folder of the checkpoint that a local draft is to become."""
+    return folder.with_name(folder.name[1:].partition(".")[0])
+
+
+def _publish(folder: Path) -> None:
     """Rename a complete local draft to its checkpoint, in place of one that is there."""
-    target = folder.with_name(folder.name[1:].partition(".")[0])
+    target = target_of(folder)
     replaced = folder.with_name(f".removed-{folder.name[1:]}")
     with suppress(FileNotFoundError):
-        target.rename(replaced)
-    os.rename(folder, target)
+        os.rename(target, replaced)
+    try:
+        os.rename(folder, target)
+    except OSError:
+        with suppress(FileNotFoundError):
+            os.rename(replaced, target)
+        raise
     sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 

@@ -68,7 +68,7 @@ def write_pieces(path: Path, pieces: Sequence[Piece], bucket_bytes: int = BUCKET
         ValueError: a piece is not flat, has a dtype that safetensors does not know, or is there twice.
         OSError: the file cannot be written.
     """
-    # Wide elements first: each piece then begins at a multiple of its own element size, which readers rely on.
+    # Wide elements first, as the library's own writer has it: each piece begins at a multiple of its element size.
     ordered = sorted(pieces, key=lambda piece: (-piece.data.element_size(), piece.key))
     entries: dict[str, tuple[torch.dtype, torch.Size]] = {}
     for piece in ordered:

@@ -10,6 +10,7 @@ import hashlib
 import os
 import secrets
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
@@ -113,9 +114,10 @@ class Place:
             sync(self.folder)
             shutil.rmtree(doomed)
             return
-        if MANIFEST in self.files(path):
-            self.remove_file(f"{path}/{MANIFEST}")
-        self._files.delete_dir(self._at(path))
+        with suppress(FileNotFoundError):  # another process is removing it too
+            if MANIFEST in self.files(path):
+                self.remove_file(f"{path}/{MANIFEST}")
+            self._files.delete_dir(self._at(path))
 
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root

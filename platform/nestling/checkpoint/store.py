@@ -10,11 +10,12 @@ import fcntl
 import logging
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from nestling.checkpoint.draft import Draft, publish, remove_attempts
+from nestling.checkpoint.draft import Draft, remove_attempts, target_of
 from nestling.checkpoint.errors import CheckpointError
 from nestling.checkpoint.manifest import Checkpoint, is_folder_name, parse
 from nestling.checkpoint.pieces import Pieces
@@ -138,7 +139,8 @@ class Store:
     def clear_drafts(self) -> None:
         """Remove what killed processes left, here and in this node's scratch folder.
 
-        Call it while nothing is saved or open. A local draft that lacks nothing but its rename becomes a checkpoint.
+        Call it while nothing is saved or open; any number of processes may. A local draft that lacks nothing but its
+        rename becomes a checkpoint.
         """
         if self._place.folder is None:
             for name in filter(is_folder_name, self._place.folders()):
@@ -149,8 +151,9 @@ class Store:
                 except ValueError:
                     pass  # a damaged checkpoint, not a draft: `checkpoints` names it
         for folder in self._place.workspace.glob(".step-*"):
-            if (folder / MANIFEST).exists() and not folder.with_name(folder.name[1:].partition(".")[0]).exists():
-                publish(folder)
+            if (folder / MANIFEST).exists():
+                with suppress(OSError):  # the checkpoint is there, or another process was faster
+                    folder.rename(target_of(folder))
         for pattern in (".step-*", ".removed-*", ".fetched-*"):
             for folder in self._place.workspace.glob(pattern):
                 shutil.rmtree(folder, ignore_errors=True)
