@@ -9,7 +9,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -181,9 +180,8 @@ def test_a_disk_that_fills_up_before_the_commit_is_told(
     ranks.commit()
     ranks.write(2, "second")
     fill(small_disk / "filler")
-    begin = time.monotonic()
     assert not ranks.commit()[0]
-    assert time.monotonic() - begin < 10  # nobody waited for a receipt that could not be written
+    assert ranks.savers[0].stages["commit"] < 10  # nobody waited for a receipt that could not be written
     ((step, reason),) = ranks.failures
     assert step == 2 and re.search(r"rank [12]: OSError: \[Errno 28\] No space left on device", reason)
     assert ranks.newest_is(1) and sorted(os.listdir(small_disk)) == ["filler", "step-00000001"]
@@ -234,7 +232,6 @@ def test_documents_have_names_of_their_own(tmp_path: Path) -> None:
 def test_commit_needs_something_written(ranks: Ranks) -> None:
     with pytest.raises(RuntimeError, match="call write before commit"):
         ranks.savers[0].commit()
-    ranks.savers[0].abandon()
     assert not ranks.savers[0].wait()
 
 
