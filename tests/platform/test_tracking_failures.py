@@ -190,6 +190,9 @@ def test_delivering_everything_twice_changes_nothing(folder: RunFolder, run: Tra
     tracker.close()
     before = models(run), client(run).get_run(run.mlflow_run_id).outputs.model_outputs
     (folder.mlflow / "position.json").unlink()  # as if nothing of it had been noted
+    with closing(sqlite3.connect(run.uri.removeprefix("sqlite:///"))) as database:  # and the model not finished
+        database.execute("UPDATE logged_models SET status = 1 WHERE source_run_id = ?", (run.mlflow_run_id,))
+        database.commit()
     tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     tracker.log({"train/loss": 2.5}, 2)
     tracker.log({"train/loss": 3.0}, 3)
