@@ -94,6 +94,11 @@ class Keeper:
         self.good = checkpoint
         return checkpoint.step
 
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of this rank's last save by stage; complete after `close`."""
+        return self._saver.stages
+
     def close(self) -> bool:
         """Wait for the last save; whether it succeeded, or nothing has been saved."""
         committed = self._saver.wait()
