@@ -240,7 +240,7 @@ def test_the_model_comes_back(finished):
 
 def test_an_unfinished_run_has_no_model(job):
     folder = RunFolder.create(job().run.dir, "empty")
-    with pytest.raises(CheckpointError, match="has no weights: its status is 'running'"):
+    with pytest.raises(CheckpointError, match="has no weights: its status is 'stopped'"):
         load_final(folder)
 
 

@@ -118,22 +118,28 @@ def deliver(runs_dir: str | Path, besides: RunFolder | None = None) -> dict[str,
     end = time.monotonic() + _DELIVERY_PATIENCE
     arrived: dict[str, bool] = {}
     for folder in list_runs(runs_dir):
-        info = folder.info()
-        if folder == besides or folder.claimed or "mlflow_run_id" not in info:
+        if folder == besides:
             continue
-        if not has_end(folder):
-            last = folder.log if folder.log.exists() else folder.path
-            note_end(folder, _STATUS.get(info["status"], "KILLED"), last.stat().st_mtime, [folder.config])
-        if not has_mail(folder):
-            continue
-        arrived[folder.run_id] = False
         try:
-            seconds = end - time.monotonic()
-            if seconds > 0:
-                arrived[folder.run_id] = deliver_rest(folder, info["tracking_uri"], info["mlflow_run_id"], seconds)
-        except Exception:  # as in `finish`; the next delivery tries again
+            if _has_ended_with_mail(folder):
+                arrived[folder.run_id] = False
+                info, seconds = folder.info(), end - time.monotonic()
+                if seconds > 0:
+                    arrived[folder.run_id] = deliver_rest(folder, info["tracking_uri"], info["mlflow_run_id"], seconds)
+        except Exception:  # as in `finish`, or another user's folder; the next delivery tries again
             log.debug("MLflow does not take what run %s left", folder.run_id, exc_info=True)
     return arrived
+
+
+def _has_ended_with_mail(folder: RunFolder) -> bool:
+    """Whether the run is not being trained and MLflow missed something of it, be it only its end."""
+    info = folder.info()
+    if "mlflow_experiment_id" not in info or folder.claimed:  # the key of a run that has an outbox
+        return False
+    if not has_end(folder):  # its driver was killed
+        last = folder.log if folder.log.exists() else folder.path
+        note_end(folder, _STATUS.get(info["status"], "KILLED"), last.stat().st_mtime, [folder.config])
+    return has_mail(folder)
 
 
 def _begin(config: Mapping[str, Any], folder: RunFolder, uri: str | None, experiment: str) -> TrackedRun:
