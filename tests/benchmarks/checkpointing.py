@@ -115,7 +115,9 @@ def main() -> None:
         ray.shutdown()
 
     print(f"{chip()}, two workers of one thread; torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{result['parameters']:,} parameters, checkpoint of {result['checkpoint_bytes'] / 2**20:,.0f} MiB; seconds on rank 0:")
+    print(
+        f"{result['parameters']:,} parameters, checkpoint of {result['checkpoint_bytes'] / 2**20:,.0f} MiB; seconds on rank 0:"
+    )
     for stage in ("blocking", "write", "hash", "sync", "commit", "whole"):
         values = [save[stage] for save in result["saves"]]
         print(f"{stage:>9} {statistics.median(values):6.2f}  (from {min(values):.2f} to {max(values):.2f})")

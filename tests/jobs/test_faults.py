@@ -119,7 +119,7 @@ def test_kill_9_of_a_worker(tmp_path: Path, undisturbed: Any) -> None:
     run.worker(1).kill()
     code, summary, err = run.ended()
     assert code == 0, err
-    assert "its worker process has died" in err and "starting again from the last checkpoint (1 of 3)" in err
+    assert "died" in err and "starting again from the last checkpoint (1 of 3)" in err
     assert "training goes on from the checkpoint of step 40" in err
     assert fingerprint(folder) == undisturbed
     assert history(folder) == undisturbed[1]

@@ -30,7 +30,7 @@ def followed(folder: RunFolder, on_record: OnRecord | None = None, on_event: OnE
     """
     with ExitStack() as open_files:
         tails: list[tuple[_Tail, Callable[[dict[str, Any]], None]]] = []
-        for path, callback in ((folder.log, on_record), (folder.events, on_event)):
+        for path, callback in ((folder.events, on_event), (folder.log, on_record)):
             if callback is not None:
                 tails.append((_Tail(path), callback))
                 open_files.callback(tails[-1][0].close)

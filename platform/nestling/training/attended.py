@@ -71,14 +71,23 @@ def ending(folder: RunFolder, max_failures: int) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             self.failures += 1
-            rank, error = next(iter(worker_exceptions.items()))
-            last_line = (str(error).strip().splitlines() or [type(error).__name__])[-1]
-            text = textwrap.shorten(last_line, 160, placeholder=" ...")  # Ray lists everything that can kill a process
             follows = (
                 f"starting again from the last checkpoint ({self.failures} of {max_failures})"
                 if self.failures <= max_failures
                 else f"giving up after training.max_failures={max_failures}"
             )
-            folder.event("failed", f"worker {rank} failed: {text}; {follows}", rank=rank)
+            folder.event("failed", f"{_what_happened(worker_exceptions)}; {follows}")
 
     return Ending()
+
+
+def _what_happened(worker_exceptions: dict[int, Exception]) -> str:
+    """One line about the failure that came first: when a worker dies, others fail because it is gone."""
+    texts = {rank: str(error).strip() or type(error).__name__ for rank, error in worker_exceptions.items()}
+    for rank, text in texts.items():
+        if "actor is dead" in text or "actor died" in text:
+            return f"worker {rank} died (killed, or out of memory)"
+    rank, text = next(iter(texts.items()))
+    if "gloo" in text and "Connection" in text or "NCCL" in text:
+        return f"worker {rank} lost its connection to another one, which has probably died"
+    return f"worker {rank} failed: {textwrap.shorten(text.splitlines()[-1], 200, placeholder=' ...')}"
