@@ -19,14 +19,17 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
+from nestling.config import MixConfig
 from nestling.data import Corpus, DataError, Tokens, open_source, prepare
-from nestling.data.corpus import BUCKETS, bucket
+from nestling.data.split import BUCKETS, bucket
 
 
 @dataclass
 class Settings:
     source: str
     tokenizer: str = "bytes"
+    column: str = "text"
+    mix: list[MixConfig] | None = None
     separator: str | None = None
     heldout_percent: float = 20.0
 
@@ -56,22 +59,25 @@ def texts_of(corpus: Corpus, side: Tokens) -> list[str]:
 
 def test_every_document_is_there_once_in_order_with_a_separator_after_it(corpus: Corpus, folder: Path) -> None:
     source = open_source(str(folder))
-    documents = [text for part in source.parts for _, text in source.read(part)]
+    documents = [document.text for shard in source.shards for document in source.read(shard)]
     heldout = [text for text in documents if bucket(text) < 0.2 * BUCKETS]
-    assert texts_of(corpus, corpus.heldout) == heldout
-    assert texts_of(corpus, corpus.train) == [text for text in documents if bucket(text) >= 0.2 * BUCKETS]
-    assert (corpus.train.documents, corpus.heldout.documents) == (len(documents) - len(heldout), len(heldout))
+    assert texts_of(corpus, corpus.parts[0].heldout) == heldout
+    assert texts_of(corpus, corpus.parts[0].train) == [text for text in documents if bucket(text) >= 0.2 * BUCKETS]
+    assert (corpus.parts[0].train.documents, corpus.parts[0].heldout.documents) == (
+        len(documents) - len(heldout),
+        len(heldout),
+    )
 
 
 def test_what_is_held_out_is_never_trained_on(corpus: Corpus) -> None:
-    train, heldout = texts_of(corpus, corpus.train), texts_of(corpus, corpus.heldout)
+    train, heldout = texts_of(corpus, corpus.parts[0].train), texts_of(corpus, corpus.parts[0].heldout)
     assert len(train) > len(set(train))  # the source does hold equal documents
     assert heldout and not set(train) & set(heldout)
 
 
 def test_the_manifest_tells_the_truth(corpus: Corpus) -> None:
     manifest = json.loads((corpus.folder / "manifest.json").read_text())
-    for name, side in (("train", corpus.train), ("heldout", corpus.heldout)):
+    for name, side in (("train", corpus.parts[0].train), ("heldout", corpus.parts[0].heldout)):
         raw = "".join(texts_of(corpus, side)).encode()
         shares = [count / len(raw) for count in Counter(raw).values()]
         assert side.bytes == len(raw)
@@ -81,7 +87,7 @@ def test_the_manifest_tells_the_truth(corpus: Corpus) -> None:
 
 
 def test_bits_per_byte(corpus: Corpus) -> None:
-    side = corpus.heldout
+    side = corpus.parts[0].heldout
     whole_text = 3.0 * side.bytes * math.log(2)  # nats, if each byte costs three bits
     assert corpus.bits_per_byte(whole_text / len(side.tokens)) == pytest.approx(3.0)
     assert corpus.bits_per_byte(1.0, "train") != corpus.bits_per_byte(1.0, "heldout")
@@ -90,10 +96,10 @@ def test_bits_per_byte(corpus: Corpus) -> None:
 def test_a_second_prepare_does_not_touch_ray(corpus: Corpus, folder: Path) -> None:
     code = f"""
         import sys, time
-        from types import SimpleNamespace
+        from nestling.config import DataConfig
         from nestling.data import prepare
         start = time.perf_counter()
-        settings = SimpleNamespace(source={str(folder)!r}, tokenizer="bytes", separator=None, heldout_percent=20.0)
+        settings = DataConfig(source={str(folder)!r}, heldout_percent=20.0)
         corpus = prepare(settings, {str(corpus.folder.parent)!r})
         assert str(corpus.folder) == {str(corpus.folder)!r}, corpus.folder
         assert "ray" not in sys.modules
@@ -101,24 +107,24 @@ def test_a_second_prepare_does_not_touch_ray(corpus: Corpus, folder: Path) -> No
     """
     result = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert [path.name for path in corpus.folder.parent.iterdir()] == [corpus.folder.name]
+    assert {path.name for path in corpus.folder.parent.iterdir()} <= {corpus.folder.name, "digests.json"}
 
 
 def test_other_settings_make_another_corpus(corpus: Corpus, folder: Path) -> None:
     other = prepare(Settings(str(folder), heldout_percent=50), corpus.folder.parent)
     assert other.folder != corpus.folder
-    assert other.heldout.documents > corpus.heldout.documents
-    assert set(texts_of(corpus, corpus.heldout)) < set(texts_of(other, other.heldout))
+    assert other.parts[0].heldout.documents > corpus.parts[0].heldout.documents
+    assert set(texts_of(corpus, corpus.parts[0].heldout)) < set(texts_of(other, other.parts[0].heldout))
 
 
 def test_a_tokenizer_file(ray_local: None, folder: Path, tmp_path: Path) -> None:
     library = tokenizers.Tokenizer(models.WordLevel({"?": 0, "[END]": 70_000, "Text": 2, "number": 3}, unk_token="?"))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     library.save(str(tmp_path / "tokenizer.json"))
-    settings = Settings(str(folder), str(tmp_path / "tokenizer.json"), "[END]")
+    settings = Settings(str(folder), str(tmp_path / "tokenizer.json"), separator="[END]")
     corpus = prepare(settings, tmp_path / "cache")
-    assert corpus.train.tokens.dtype == np.int32
-    assert np.count_nonzero(corpus.train.tokens == 70_000) == corpus.train.documents
+    assert corpus.parts[0].train.tokens.dtype == np.int32
+    assert np.count_nonzero(corpus.parts[0].train.tokens == 70_000) == corpus.parts[0].train.documents
     (tmp_path / "tokenizer.json").unlink()
     assert Corpus.open(corpus.folder).tokenizer.separator == 70_000
 
@@ -129,11 +135,14 @@ def test_the_chance_line_of_a_tokenizer_is_that_of_its_tokens(ray_local: None, f
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<eos>"], show_progress=False)
     tokenizer.train([str(path) for path in sorted(folder.rglob("*.txt"))], trainer)
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    side = prepare(Settings(str(folder), str(tmp_path / "tokenizer.json")), tmp_path / "cache").train
+    side = prepare(Settings(str(folder), str(tmp_path / "tokenizer.json")), tmp_path / "cache").parts[0].train
     text = Counter(int(token) for token in side.tokens if token != 0)  # the first special token has the id 0
     nats = -sum(count * math.log(count / text.total()) for count in text.values())
     assert side.unigram_bits_per_byte == pytest.approx(nats / math.log(2) / side.bytes)
-    assert side.unigram_bits_per_byte < 0.95 * prepare(Settings(str(folder)), tmp_path).train.unigram_bits_per_byte
+    assert (
+        side.unigram_bits_per_byte
+        < 0.95 * prepare(Settings(str(folder)), tmp_path).parts[0].train.unigram_bits_per_byte
+    )
 
 
 def test_of_a_few_documents_the_lowest_hash_is_held_out(ray_local: None, tmp_path: Path) -> None:
@@ -142,9 +151,9 @@ def test_of_a_few_documents_the_lowest_hash_is_held_out(ray_local: None, tmp_pat
         (tmp_path / f"{name}.txt").write_text(name)
     ordered = sorted(names, key=bucket)
     corpus = prepare(Settings(str(tmp_path), heldout_percent=0.01), tmp_path / ".cache")
-    assert texts_of(corpus, corpus.heldout) == ordered[:1]
+    assert texts_of(corpus, corpus.parts[0].heldout) == ordered[:1]
     corpus = prepare(Settings(str(tmp_path), heldout_percent=99.99), tmp_path / ".cache")
-    assert texts_of(corpus, corpus.train) == ordered[-1:]
+    assert texts_of(corpus, corpus.parts[0].train) == ordered[-1:]
 
 
 def test_errors_leave_nothing_behind(ray_local: None, folder: Path, tmp_path: Path) -> None:
@@ -159,11 +168,12 @@ def test_errors_leave_nothing_behind(ray_local: None, folder: Path, tmp_path: Pa
         prepare(Settings(str(tmp_path / "blank.txt")), cache)
     (tmp_path / "mixed").mkdir()
     (tmp_path / "mixed" / "good.txt").write_text("good")
-    (tmp_path / "mixed" / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "mixed" / "rows.jsonl").write_text('{"text": "good"}\n{"body": "no"}\n')
     with pytest.raises(DataError) as caught:
         prepare(Settings(str(tmp_path / "mixed")), cache)
-    assert str(caught.value).startswith(
-        f"data.source: {tmp_path}/mixed/latin.txt: byte 2 (0xef) is not UTF-8; convert the file"
+    assert str(caught.value) == (
+        f"data.source: {tmp_path}/mixed/rows.jsonl: line 2 has no column 'text', it has 'body'; "
+        "set `column` to the one with the text"
     )
     assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match=r"data\.tokenizer: there is no file"):

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from nestling.config import JobConfig
 from nestling.config.schema import DataConfig, TrainingConfig
-from nestling.data import Corpus, Tokenizer
-from nestling.data.corpus import Tokens
+from nestling.data import Corpus, Counts, Part, Tokenizer, Tokens
 from nestling.evaluation import Report, heldout, heldout_report
 from nestling.models import HopeConfig, build
 from nestling.models.hope import mixers
 
 VOCABULARY = 61
 LN2 = math.log(2)
+NO_COUNTS = Counts(0, 0, 0, np.zeros((2, 0), np.int64))
 
 
 class Rule(nn.Module):
@@ -54,7 +54,7 @@ def corpus(tokens: np.ndarray, text_bytes: int | None = None) -> Corpus:
     """A corpus that holds these tokens out; the other side has another ratio of tokens to bytes."""
     held = Tokens(tokens.astype(np.uint16), text_bytes or len(tokens), 3, 4.25)
     train = Tokens(np.zeros(100, np.uint16), 7, 1, 1.5)
-    return Corpus(Path("none"), Tokenizer.bytes(), train, held)
+    return Corpus(Path("none"), Tokenizer.bytes(), (Part("text", 1.0, train, held, NO_COUNTS),))
 
 
 def counting(count: int) -> np.ndarray:

@@ -13,9 +13,9 @@ from dataclasses import fields, is_dataclass
 from typing import Any, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from nestling.config.schema import JobConfig
+from nestling.config.schema import JobConfig, LevelConfig, MixConfig
 from nestling.models.config import MODEL_CONFIGS, SkeletonConfig
 
 _WORDS = {
@@ -28,6 +28,11 @@ _WORDS = {
     "list[float]": "a list of numbers",
     "list[str]": "a list of texts",
     "tuple[float, float]": "two numbers, such as [0.9, 0.98]",
+}
+#: Lists of sections, as a person would write them.
+_EXAMPLES: dict[Any, str] = {
+    LevelConfig: "[{period: 1, width: 64}]",
+    MixConfig: "[{source: embedded:english, weight: 2}, {source: embedded:python}]",
 }
 
 
@@ -60,7 +65,7 @@ def holds_text(key: str) -> bool:
     for part in key.split("."):
         if not part.isdigit():
             hints = [found[part] for found in map(get_type_hints, classes) if part in found]
-            classes = [each for hint in hints for each in (hint, *get_args(hint)) if is_dataclass(each)]
+            classes = [each for hint in hints for each in _inside(hint) if is_dataclass(each)]
             classes += MODEL_CONFIGS.values() if SkeletonConfig in classes else ()
     return any(hint in (str, str | None) for hint in hints)
 
@@ -74,6 +79,9 @@ def build(given: Mapping[str, Any]) -> JobConfig:
     _fill(job, job, given, "")
     try:
         config: JobConfig = OmegaConf.to_object(job)  # type: ignore[assignment]
+    except MissingMandatoryValue as error:
+        key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or "")
+        raise ConfigError(f"{key}: is missing, and has no default; give a value") from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     except ValueError as error:
@@ -92,12 +100,12 @@ def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
         full_key = f"{path}.{key}" if path else str(key)
         if key not in hints:
             raise unknown_key(_first_leaf(full_key, value), [*_keys(job, ""), *_keys(section, path)])
-        element = next(filter(is_dataclass, get_args(hints[key])), None)
+        element = next(filter(is_dataclass, _inside(hints[key])[1:]), None)
         if is_dataclass(hints[key]):
             _fill(job, section[key], value, full_key)
-        elif element is not None:
+        elif element is not None and not (value is None and type(None) in get_args(hints[key])):
             if not isinstance(value, list):
-                raise ConfigError(f"{full_key}: got {value!r}, needs a list, for example [{{period: 1, width: 64}}]")
+                raise ConfigError(f"{full_key}: got {value!r}, needs a list, for example {_EXAMPLES[element]}")
             section[key] = [OmegaConf.structured(element) for _ in value]
             for place, item in enumerate(value):
                 _fill(job, section[key][place], item, f"{full_key}.{place}")
@@ -106,6 +114,11 @@ def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
                 OmegaConf.update(section, key, value, merge=False)
             except (OmegaConfBaseException, TypeError, ValueError) as error:
                 raise ConfigError(f"{full_key}: got {value!r}, needs {_in_words(annotations[key])}") from error
+
+
+def _inside(hint: Any) -> list[Any]:
+    """A type and everything it is made of: `list[X] | None` holds `list[X]`, X and None."""
+    return [hint, *(each for argument in get_args(hint) for each in _inside(argument))]
 
 
 def _first_leaf(path: str, value: Any) -> str:

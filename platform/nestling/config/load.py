@@ -169,13 +169,21 @@ def _check_tracking(config: JobConfig) -> None:
 
 
 def _check_data(config: JobConfig) -> None:
-    from nestling.data.corpus import open_tokenizer  # numpy and tokenizers are only needed here
+    # numpy, pyarrow and tokenizers are only needed here
     from nestling.data.errors import DataError
-    from nestling.data.sources import open_source
+    from nestling.data.order import shares
+    from nestling.data.preparing import open_tokenizer
+    from nestling.data.sources import check_source
 
+    data = config.data
     try:
-        open_source(config.data.source)
-        vocabulary = open_tokenizer(config.data).vocab_size
+        if data.mix is None:
+            check_source(data.source)
+        else:
+            shares({str(part.name): part.weight for part in data.mix})
+            for number, part in enumerate(data.mix):
+                check_source(part.source, f"data.mix.{number}.source")
+        vocabulary = open_tokenizer(data).vocab_size
     except DataError as error:
         raise ConfigError(str(error)) from error
     if config.model.vocab_size not in (None, vocabulary):
@@ -187,6 +195,8 @@ def _check_data(config: JobConfig) -> None:
 
 def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
     training = config.training
+    if config.data.mix is not None and "source" in given["data"]:
+        log.warning("data.source is not used: data.mix takes its place; data.mix=null would use it")
     if training.warmup_steps >= training.steps:
         log.warning(
             "training.warmup_steps=%d takes up all of training.steps=%d: the learning rate rises until training "

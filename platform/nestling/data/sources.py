@@ -1,155 +1,166 @@
 """A source string becomes a Ray Dataset of documents, in a fixed order.
 
-`embedded:<domain>` reads a corpus of `nestling.data.embedded`; anything else is the path of a text file, or of a folder
-whose text files are read recursively (names with a leading dot are skipped). Long files are cut at blank lines into
-documents, window by window, so that memory does not grow with the file. What cannot be read becomes a row with an error
+`embedded:<domain>` reads a corpus of `nestling.data.embedded`; anything else is a file, a folder (read recursively), a
+glob or a URI. What a file is goes by its name: `.jsonl`, `.ndjson` and `.parquet` hold a document a row, in a column;
+any other file is text; `.gz`, `.bz2`, `.zst` and the like are unpacked. What cannot be read becomes a row with an error
 and not an exception in a Ray task: whoever reads the rows decides, and the person sees one line, not Ray's traceback.
 """
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import hashlib
-import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nestling.data.embedded import DOMAINS
+from nestling.data import readers
+from nestling.data.digests import digest
+from nestling.data.embedded import DOMAINS, Domain
 from nestling.data.errors import DataError
+from nestling.data.files import Place, find, is_uri
+from nestling.data.readers import Document, Shard
 
 if TYPE_CHECKING:
+    from pyarrow.fs import FileInfo
     from ray.data import Dataset
 
-#: A text file is cut at the first blank line after so many characters, ...
-SHORTEST_DOCUMENT = 4096
-#: ... at the last line's end before so many if there is none, and right there if it has no lines.
-LONGEST_DOCUMENT = 16384
-_WINDOW = 1 << 20
-_BLANK_LINE = re.compile(r"\n[ \t\r]*\n")
+#: A Parquet file is read in slices of about so many bytes (whole row groups), each a task of its own.
+SLICE = 64 << 20
 _EMBEDDED = "embedded:"
+_FIX = "give a text, JSONL or Parquet file, a folder, a glob, a URI or embedded:<domain>"
 
 
 @dataclass(frozen=True)
 class Source:
     """Where documents come from."""
 
-    #: As the person wrote it.
+    #: As the person wrote it, and how they call it: the key of messages.
     spec: str
-    #: How parts become documents: `text`, or the name of an embedded domain.
-    kind: str
-    #: What can be read independently, in order: paths of files, or labels that name content and version.
-    parts: list[str]
-    #: The (name, text) of each document of a part.
-    read: Callable[[str], Iterator[tuple[str, str]]]
+    key: str
+    #: What can be read independently, in order.
+    shards: list[Shard]
+    #: The documents of a shard.
+    read: Callable[[Shard], Iterator[Document]]
+    #: What the content is known by: labels, each with a local file that is part of it, or none.
+    contents: Sequence[tuple[str, str | None]] = field(repr=False)
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the kind and the content of every part, in order; where the files lie does not matter."""
-        digest = hashlib.sha256(self.kind.encode())
-        for part in self.parts:
-            if Path(part).is_file():
-                with open(part, "rb") as file:
-                    digest.update(hashlib.file_digest(file, "sha256").digest())
-            else:
-                digest.update(part.encode())
-        return digest.hexdigest()
+    def fingerprint(self, digest: Callable[[str], str] = digest) -> str:
+        """SHA-256 over how and what is read: the bytes of local files wherever they lie; path, size and time of others.
+
+        Args:
+            digest: SHA-256 of a local file.
+        """
+        marks = [[label, path and digest(path)] for label, path in self.contents]
+        return hashlib.sha256(repr(marks).encode()).hexdigest()
 
     def dataset(self) -> Dataset:
-        """Documents as rows of `name`, `text` and `error` (empty, or why the part could not be read to its end).
+        """Documents as rows of `text`, `replaced`, `place` (see `Document`) and `error`: empty, or why a shard ended.
 
-        Documents without any text are left out. Needs a running Ray.
+        Needs a running Ray.
         """
         import ray.data
 
         # A few blocks a CPU: enough to keep all busy, and starting a task costs more than reading a small file.
-        blocks = min(len(self.parts), 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
-        rows = ray.data.from_items([{"part": part} for part in self.parts], override_num_blocks=blocks)
+        blocks = min(len(self.shards), 4 * max(1, int(ray.cluster_resources().get("CPU", 1))))
+        rows = ray.data.from_items([shard._asdict() for shard in self.shards], override_num_blocks=blocks)
         rows.context.execution_options.preserve_order = True
         rows.context.enable_progress_bars = False
         rows.context.target_max_block_size = 16 << 20
-        return rows.flat_map(partial(_documents, read=self.read))
+        return rows.flat_map(partial(_rows, read=self.read))
 
 
-def open_source(spec: str) -> Source:
+def open_source(spec: str, column: str = "text", key: str = "data.source") -> Source:
     """Find what a source string means.
+
+    Args:
+        spec: what the person wrote.
+        column: column of JSONL and Parquet files that holds the text.
+        key: what messages call the source.
 
     Raises:
         DataError: unknown domain, missing path, or nothing but empty files.
     """
-    if spec.startswith(_EMBEDDED):
-        name = spec.removeprefix(_EMBEDDED)
-        if name not in DOMAINS:
-            near = "".join(f", did you mean {word!r}?" for word in difflib.get_close_matches(name, DOMAINS, n=1))
-            raise DataError(f"data.source: there is no embedded domain {name!r}{near}; there are {', '.join(DOMAINS)}")
-        return Source(spec, name, DOMAINS[name].parts(), DOMAINS[name].read)
-    if not spec.strip():
-        raise DataError("data.source: got an empty text, needs a text file, a folder or embedded:<domain>")
-    root = Path(spec).expanduser()
-    if not root.exists():
-        fix = (
-            f"did you mean {_EMBEDDED}{spec}?" if spec in DOMAINS else "give a text file, a folder or embedded:<domain>"
-        )
-        raise DataError(f"data.source: {root.absolute()} does not exist; {fix}")
-    files = _text_files(root) if root.is_dir() else [root]
-    if not any(file.stat().st_size for file in files):
-        what = f"its {len(files)} files are all empty" if files else "it holds no files"
-        raise DataError(f"data.source: no text in {root.absolute()}: {what}; give a source with text in it")
-    return Source(spec, "text", [str(file.absolute()) for file in files], read_text)
-
-
-def read_text(path: str) -> Iterator[tuple[str, str]]:
-    """Cut a UTF-8 text file into documents of about 4 to 16 KB; raises DataError at the first undecodable byte."""
-    text, number = "", 0
-    for window in _windows(path):
-        text += window
-        start = 0
-        while len(text) - start > (LONGEST_DOCUMENT if window else 0):
-            end = _cut(text, start)
-            yield f"{path}#{number}", text[start:end]
-            start, number = end, number + 1
-        text = text[start:]
-
-
-def _windows(path: str) -> Iterator[str]:
-    """The decoded text window by window; the last one is empty."""
-    decoder = codecs.getincrementaldecoder("utf-8-sig")()
-    with open(path, "rb") as file:
-        for raw in chain(iter(partial(file.read, _WINDOW), b""), [b""]):
-            try:
-                yield decoder.decode(raw, final=not raw)
-            except UnicodeDecodeError as error:
-                # What the decoder holds ends where the file has been read to.
-                offset = file.tell() - len(error.object) + error.start
-                if b"\0" in error.object:
-                    fix = "the file looks binary, take it out of the source"
-                else:
-                    fix = "convert the file (iconv -f latin1 -t utf-8) or take it out of the source"
-                byte = f"byte {offset} (0x{error.object[error.start]:02x})"
-                raise DataError(f"{path}: {byte} is not UTF-8; {fix}") from None
-
-
-def _cut(text: str, start: int) -> int:
-    near, far = start + SHORTEST_DOCUMENT, start + LONGEST_DOCUMENT
-    if blank := _BLANK_LINE.search(text, near, far):
-        return blank.end()
-    if len(text) <= far:
-        return len(text)
-    return text.rfind("\n", near, far) + 1 or far
-
-
-def _text_files(root: Path) -> list[Path]:
-    relative = (path.relative_to(root) for path in root.rglob("*") if path.is_file())
-    return [root / path for path in sorted(relative) if not any(name.startswith(".") for name in path.parts)]
-
-
-def _documents(row: dict[str, str], read: Callable[[str], Iterator[tuple[str, str]]]) -> Iterator[dict[str, str]]:
+    domain = _domain(spec, key)
+    if domain is not None:
+        files = [(part, part if Path(part).is_file() else None) for part in domain.parts()]
+        contents = [("" if file else part, file) for part, file in files]
+        shards = [Shard(part) for part, _ in files]
+        return Source(spec, key, shards, partial(_embedded, domain=domain), [(spec, None), *contents])
+    place = _place(spec, key)
     try:
-        for name, text in read(row["part"]):
-            if text and not text.isspace():
-                yield {"name": name, "text": text, "error": ""}
-    except (DataError, OSError) as error:
-        yield {"name": row["part"], "text": "", "error": str(error)}
+        infos = place.files()
+    except DataError as error:
+        raise DataError(f"{key}: {error}; {_FIX}") from error
+    if not any(file.size for file in infos):
+        what = f"its {len(infos)} files are all empty" if infos else "it holds no files"
+        raise DataError(f"{key}: no text in {place}: {what}; give a source with text in it")
+    read = partial(readers.read, filesystem=place.filesystem, column=column)
+    contents = [_content(place, file, column) for file in infos]
+    return Source(spec, key, [shard for file in infos for shard in _shards(file)], read, contents)
+
+
+def check_source(spec: str, key: str = "data.source") -> None:
+    """The checks of `open_source`, but of what a URI means only that it is there: no remote folder is listed."""
+    if is_uri(spec):
+        _place(spec, key).check()
+    else:
+        open_source(spec, key=key)
+
+
+def absolute(spec: str) -> str:
+    """The source string that means the same in any folder."""
+    return spec if spec.startswith(_EMBEDDED) or is_uri(spec) else str(Path(spec).expanduser().absolute())
+
+
+def _domain(spec: str, key: str) -> Domain | None:
+    if not spec.startswith(_EMBEDDED):
+        return None
+    name = spec.removeprefix(_EMBEDDED)
+    if name not in DOMAINS:
+        near = "".join(f", did you mean {word!r}?" for word in difflib.get_close_matches(name, DOMAINS, n=1))
+        raise DataError(f"{key}: there is no embedded domain {name!r}{near}; there are {', '.join(DOMAINS)}")
+    return DOMAINS[name]
+
+
+def _place(spec: str, key: str) -> Place:
+    if not spec.strip():
+        raise DataError(f"{key}: got an empty text; {_FIX}")
+    try:
+        place = find(spec)
+        place.check()
+    except DataError as error:
+        fix = f"did you mean {_EMBEDDED}{spec}?" if spec in DOMAINS else _FIX
+        raise DataError(f"{key}: {error}; {fix}") from error
+    return place
+
+
+def _shards(file: FileInfo) -> list[Shard]:
+    slices = -(-file.size // SLICE) if readers.form(file.path) == "parquet" else 1
+    return [Shard(file.path, number, slices) for number in range(slices)]
+
+
+def _content(place: Place, file: FileInfo, column: str) -> tuple[str, str | None]:
+    form = readers.form(file.path)
+    how = form if form.startswith("text") else f"{form} {column}"
+    if place.local:
+        return how, file.path
+    return f"{how} {place.filesystem.type_name} {file.path} {file.size} {file.mtime_ns}", None
+
+
+def _embedded(shard: Shard, domain: Domain) -> Iterator[Document]:
+    for _, text in domain.read(shard.path):
+        yield Document(text)
+
+
+def _rows(row: dict[str, Any], read: Callable[[Shard], Iterator[Document]]) -> Iterator[dict[str, Any]]:
+    shard = Shard(**row)
+    try:
+        for document in read(shard):
+            yield {"text": document.text, "replaced": document.replaced, "place": document.place, "error": ""}
+    except DataError as error:
+        yield {"text": "", "replaced": 0, "place": "", "error": str(error)}
+    except OSError as error:
+        yield {"text": "", "replaced": 0, "place": "", "error": f"{shard.path}: cannot be read: {error}"}

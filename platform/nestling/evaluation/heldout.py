@@ -3,13 +3,15 @@
 A HOPE can train well and never use its memory. So every evaluation also measures the loss with the memories' writes
 switched off, and what a passage costs when it is read a second time, beside the same passage after another one. Work is
 cut over the ranks in equal batches, because ZeRO-3 wants every rank to make the same calls; all ranks return the same.
+Of a mix, each part is read in proportion to its weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.config import JobConfig
-from nestling.data import Corpus
+from nestling.data import Corpus, Part
+from nestling.data.corpus import bits_per_byte
 from nestling.models.hope import mixers
 from nestling.models.skeleton import LanguageModel
 
@@ -53,9 +56,13 @@ class Report:
     #: Mean step size and retention gate of each self-modifying layer.
     eta: list[float]
     alpha: list[float]
+    #: Of a mix: loss, bits per byte, unigram line and tokens of each part under its name; everything above is then the
+    #: mean of the parts by their weights.
+    parts: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def as_dict(self) -> dict:
-        return asdict(self)
+        """The figures by name; `parts` only for a mix."""
+        return {name: value for name, value in asdict(self).items() if name != "parts" or value}
 
     def metrics(self) -> dict[str, float]:
         """The figures under their names in MLflow."""
@@ -70,6 +77,8 @@ class Report:
         }
         for name, values in (("eta", self.eta), ("alpha", self.alpha)):
             named |= {f"memory/layer{layer}/{name}": value for layer, value in enumerate(values)}
+        for part, figures in self.parts.items():
+            named |= {f"heldout/{part}/{short}": figures[f"heldout_{short}"] for short in ("loss", "bits_per_byte")}
         return {name: value for name, value in named.items() if value is not None}
 
 
@@ -85,39 +94,87 @@ def heldout_report(
     return report
 
 
+@dataclass(frozen=True)
+class _Measured:
+    """What was measured on one part of the corpus; nats a token."""
+
+    part: Part
+    #: Of every token: (rows, tokens of a row).
+    losses: Tensor
+    #: Numbers of the rows of the writes-off control, and the mean over them with the writes switched off.
+    control: np.ndarray
+    writes_off: float | None
+    #: Passages after themselves, and after another passage.
+    copies: tuple[float, float] | None
+    #: (eta, alpha) of each self-modifying layer.
+    gates: list[tuple[float, float]]
+
+    @property
+    def loss(self) -> float:
+        return self.losses.mean().item()
+
+    @property
+    def writes_on(self) -> float:
+        return self.losses[self.control].mean().item()
+
+    def by_position(self, stretches: int) -> list[float]:
+        return [stretch.mean().item() for stretch in self.losses.mean(0).tensor_split(stretches)]
+
+
 def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank: int, world: int) -> Report:
-    heldout = corpus.heldout.tokens
+    measured = [_measure(model, part, length, tokens, rank, world) for part in corpus.parts]
+    weights = [each.part.weight for each in measured]
+    stretches = min(POSITIONS, *(each.losses.shape[1] for each in measured))
+    places = zip(*(each.by_position(stretches) for each in measured), strict=True)
+    writing = measured if measured[0].gates else []
+    copying = [each for each in measured if each.copies]
+    gates = np.average([each.gates for each in measured], axis=0, weights=weights)
+    return Report(
+        heldout_loss=float(np.average([each.loss for each in measured], weights=weights)),
+        heldout_bits_per_byte=corpus.bits_per_byte([each.loss for each in measured]),
+        unigram_bits_per_byte=corpus.unigram_bits_per_byte(),
+        tokens=sum(each.losses.numel() for each in measured),
+        bits_per_byte_by_position=[corpus.bits_per_byte(nats) for nats in places],
+        control_tokens=sum(each.losses[each.control].numel() for each in writing) or None,
+        writes_on_bits_per_byte=_bits(writing, [each.writes_on for each in writing]),
+        writes_off_bits_per_byte=_bits(writing, [each.writes_off for each in writing]),
+        second_copy_bits_per_byte=_bits(copying, [each.copies[0] for each in copying if each.copies]),
+        after_another_bits_per_byte=_bits(copying, [each.copies[1] for each in copying if each.copies]),
+        eta=[float(eta) for eta, _ in gates],
+        alpha=[float(alpha) for _, alpha in gates],
+        parts={each.part.name: _figures(each) for each in measured} if len(measured) > 1 else {},
+    )
+
+
+def _measure(model: LanguageModel, part: Part, length: int, tokens: int, rank: int, world: int) -> _Measured:
+    """Read the part's share of the tokens, and what the memories do on them."""
+    heldout = part.heldout.tokens
     length = min(length, len(heldout) - 1)
-    rows = _rows(heldout, length, tokens // length)
+    rows = _rows(heldout, length, round(tokens * part.weight) // length)
     losses = _losses(model, rows, rank, world)
     gates = _gates(model, rows[:BATCH])
-    mean = losses.mean().item()
-    stretches = [part.mean().item() for part in losses.mean(0).tensor_split(min(POSITIONS, length))]
-    control = _spread(len(rows), CONTROL_TOKENS // length)
-    writing = None
+    control = _spread(len(rows), round(CONTROL_TOKENS * part.weight) // length)
+    writes_off = None
     if gates:
         with _writes_off(model):
-            still = _losses(model, rows[control], rank, world).mean().item()
-        writing = losses[control].mean().item(), still
-    copies = _copies(model, heldout, length, rank, world)
+            writes_off = _losses(model, rows[control], rank, world).mean().item()
+    copies = _copies(model, heldout, length, round(PASSAGES * part.weight), rank, world)
+    return _Measured(part, losses, control, writes_off, copies, gates)
 
-    def bits(nats: float) -> float:
-        return corpus.bits_per_byte(nats, "heldout")
 
-    return Report(
-        heldout_loss=mean,
-        heldout_bits_per_byte=bits(mean),
-        unigram_bits_per_byte=corpus.heldout.unigram_bits_per_byte,
-        tokens=losses.numel(),
-        bits_per_byte_by_position=[bits(nats) for nats in stretches],
-        control_tokens=len(control) * length if writing else None,
-        writes_on_bits_per_byte=bits(writing[0]) if writing else None,
-        writes_off_bits_per_byte=bits(writing[1]) if writing else None,
-        second_copy_bits_per_byte=bits(copies[0]) if copies else None,
-        after_another_bits_per_byte=bits(copies[1]) if copies else None,
-        eta=[eta for eta, _ in gates],
-        alpha=[alpha for _, alpha in gates],
-    )
+def _bits(measured: list[_Measured], nats: list[Any]) -> float | None:
+    """Bits per byte over the parts on which something was measured; None where it was on none."""
+    return bits_per_byte([each.part for each in measured], nats) if measured else None
+
+
+def _figures(each: _Measured) -> dict[str, float]:
+    """What a report says of one part of a mix."""
+    return {
+        "heldout_loss": each.loss,
+        "heldout_bits_per_byte": bits_per_byte([each.part], [each.loss]),
+        "unigram_bits_per_byte": each.part.heldout.unigram_bits_per_byte,
+        "tokens": each.losses.numel(),
+    }
 
 
 def _rows(tokens: np.ndarray, length: int, wanted: int) -> np.ndarray:
@@ -149,10 +206,12 @@ def _losses(model: LanguageModel, rows: np.ndarray, rank: int, world: int) -> Te
     return losses.cpu()
 
 
-def _copies(model: LanguageModel, tokens: np.ndarray, length: int, rank: int, world: int) -> tuple[float, float] | None:
-    """Mean nats of passages after themselves and after another passage; None where the text is too short."""
+def _copies(
+    model: LanguageModel, tokens: np.ndarray, length: int, wanted: int, rank: int, world: int
+) -> tuple[float, float] | None:
+    """Mean nats of passages after themselves and after another passage; None for fewer than two passages."""
     size = min(PASSAGE, length // 2)
-    count = min(PASSAGES, len(tokens) // (2 * size) if size else 0)
+    count = min(wanted, len(tokens) // (2 * size) if size else 0)
     if count < 2:
         return None
     starts = np.linspace(0, len(tokens) - size, count).astype(np.int64)

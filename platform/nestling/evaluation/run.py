@@ -14,25 +14,31 @@ from nestling.evaluation.heldout import heldout_report
 from nestling.tracking import RunFolder
 
 
-def evaluate(folder: RunFolder, source: str | None = None, tokens: int | None = None) -> dict[str, Any]:
+def evaluate(
+    folder: RunFolder, source: str | None = None, tokens: int | None = None, column: str | None = None
+) -> dict[str, Any]:
     """Figures of `Report` and the run's id, on this machine and without Ray unless a new source must be read.
 
     Args:
         folder: a finished run.
-        source: as `data.source`; None: the source the run was trained on.
+        source: as `data.source`; None: the source or the mix that the run was trained on.
         tokens: held-out tokens at most; None: the job's `evaluation.final_tokens`. With neither argument it is the
             evaluation of the run's end, and its figures replace `evaluation.json`.
+        column: as `data.column`, for a `source`; None: that of the run.
 
     Raises:
         CheckpointError, DataError: what is missing, and how to fix it.
     """
     model, _, config = load_final(folder)
-    data = config.data if source is None else replace(config.data, source=source)
+    data = config.data
+    if source is not None:
+        data = replace(data, source=source, mix=None, column=column or data.column)
     data = replace(data, tokenizer=str(folder.tokenizer))
     torch.set_num_threads(1)
     corpus = prepare(data, folder.path.parent / "cache")
     report = heldout_report(model, corpus, config, tokens or config.evaluation.final_tokens)
-    figures = {"run_id": folder.run_id, "source": data.source, **report.as_dict()}
+    read = data.source if data.mix is None else ", ".join(part.source for part in data.mix)
+    figures = {"run_id": folder.run_id, "source": read, **report.as_dict()}
     if source is None and tokens is None:
         folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n")
     return figures
