@@ -17,6 +17,7 @@ from nestling.config import (
     DataConfig,
     JobConfig,
     LevelConfig,
+    MixConfig,
     TrainingConfig,
     from_yaml,
     load,
@@ -197,7 +198,27 @@ def test_without_that_change_the_keys_of_another_model_are_errors(job: Path) -> 
             "training.micro_batch=3",
             "x training.micro_batch=3), so that every worker gets whole sequences; nearest: 1536",
         ),
-        ("data.source=", "data.source: got an empty text, needs a text file, a folder or embedded:<domain>"),
+        (
+            "data.source=",
+            "data.source: got an empty text, needs a text, JSONL or Parquet file, a folder, a glob, a URI",
+        ),
+        ("data.mix=[]", "data.mix: got an empty list, needs at least one source, for example [{source: embedded:"),
+        ("data.mix=english", "data.mix: got 'english', needs a list, for example [{source: embedded:english, weight"),
+        ("data.mix=[{weight: 2}]", "data.mix.0.source: is missing, and has no default; give a value"),
+        ("data.mix=[{source: a, wait: 2}]", "data.mix.0.wait: unknown key; the nearest known one is data.mix.0.weight"),
+        ("data.mix=[{source: a, weight: 0}]", "data.mix.0.weight: got 0.0, needs a finite value above 0"),
+        ("data.mix=[{source: a, name: b/c}]", "data.mix.0.name: got 'b/c', needs letters, digits,"),
+        (
+            "data.mix=[{source: embedded:english}, {source: other/english.txt}]",
+            "data.mix.1.name: 'english' is the name of data.mix.0 too; give each source a name of its own",
+        ),
+        (
+            "data.mix=[{source: embedded:english}, {source: embedded:python, weight: 1.0e-5}]",
+            "the weight 1e-05 of 'python' is less than one sequence in 1024; needs at least 0.000978",
+        ),
+        ("data.mix=[{source: embedded:english}, {source: no/such}]", "data.mix.1.source: "),
+        ("data.source=no://such/place", "data.source: no://such/place cannot be opened: "),
+        ("data.source=file:///no/such/place", "data.source: /no/such/place does not exist; give a text, JSONL"),
         ("data.separator=</s>", "data.separator: got '</s>', but the byte tokenizer has a separator of its own"),
         ("data.source=no/such/folder", "no/such/folder does not exist"),
         ("data.source=embedded:englsh", "there is no embedded domain 'englsh', did you mean 'english'"),
@@ -215,6 +236,40 @@ def test_a_separator_that_the_tokenizer_does_not_have(job: Path, tmp_path: Path)
     Tokenizer.bytes().save(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match="its vocabulary has no token '</s>'; name one that it has"):
         load(job, [f"data.tokenizer={tmp_path}/tokenizer.json", "data.separator=</s>"])
+
+
+def test_a_mix(job: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "wiki.jsonl.gz").write_bytes(b"not looked into here")
+    mix = f"data.mix=[{{source: embedded:python, weight: 2}}, {{source: {tmp_path}/wiki.*, column: body}}]"
+    with caplog.at_level(logging.WARNING):
+        config = load(job, [mix, "data.source=embedded:english"])
+    assert "data.source is not used: data.mix takes its place" in caplog.text
+    assert config.data.mix == [
+        MixConfig("embedded:python", 2.0, None, "python"),
+        MixConfig(f"{tmp_path}/wiki.*", 1.0, "body", tmp_path.name),
+    ]
+    assert from_yaml(to_yaml(config)) == config
+    assert load(job, [mix, "data.mix.1.weight=3", "data.mix.1.name=7"]).data.mix[1] == MixConfig(
+        f"{tmp_path}/wiki.*", 3.0, "body", "7"
+    )
+    assert load(job, [mix, "data.mix=null"]).data.mix is None
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("embedded:english", "english"),
+        ("/texts/wiki.jsonl.gz", "wiki"),
+        ("texts/wiki/", "wiki"),
+        ("wiki/**/*.txt", "wiki"),
+        ("my texts.txt", "my-texts"),
+        ("s3://bucket/wiki?endpoint_override=localhost:9000&scheme=http", "wiki"),
+        ("*.txt", "text"),
+    ],
+)
+def test_a_source_of_a_mix_has_a_name(source: str, name: str) -> None:
+    (part,) = DataConfig(mix=[MixConfig(source)]).mix or ()
+    assert part.name == name
 
 
 def test_a_warm_up_as_long_as_the_training_is_worth_a_warning(job: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import textwrap
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +21,8 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, trainers
 
 from nestling.config import MixConfig
-from nestling.data import Corpus, DataError, Tokens, open_source, prepare
+from nestling.data import Corpus, DataError, Tokens, digests, open_source, prepare, preparing
+from nestling.data.digests import digest
 from nestling.data.split import BUCKETS, bucket
 
 
@@ -193,3 +195,118 @@ def test_a_damaged_corpus_is_named(corpus: Corpus, tmp_path: Path) -> None:
 def test_the_byte_tokenizer_has_its_own_separator(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="data.separator: got '<s>', but the byte tokenizer has a separator of its own"):
         prepare(Settings(str(folder), separator="<s>"), tmp_path)
+
+
+def test_counts_of_what_was_left_out_and_replaced(
+    ray_local: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    (texts / "a.txt").write_text("x" * 11)
+    (texts / "b.txt").write_bytes(b"na\xefve \xff")
+    (texts / "c.txt").write_text("")
+    (texts / "d.txt").write_text(" \n")
+    (texts / "e.jsonl").write_text('{"text": "ten bytes!"}\n{"text": null}\n{"text": "other"}\n')
+    corpus = prepare(Settings(str(texts), heldout_percent=50), tmp_path / "cache")
+    remarks = "3 empty ones left out, 2 undecodable bytes replaced"
+    assert corpus.line(10) == f"4 documents ({remarks}, 2 longer than a sequence)"
+    assert corpus.line(11) == f"4 documents ({remarks})"
+    counts = corpus.parts[0].counts
+    assert (counts.documents, counts.empty, counts.replaced) == (4, 3, 2)
+    assert counts.longer_than(4) == 4 and counts.longer_than(5) == 3
+    (warning,) = (record.getMessage() for record in caplog.records if record.name.startswith("nestling"))
+    assert "data.source: 2 bytes are not UTF-8 and became U+FFFD" in warning
+    assert f"the first one in {texts}/b.txt: byte 2" in warning
+    found = [text for side in (corpus.parts[0].train, corpus.parts[0].heldout) for text in texts_of(corpus, side)]
+    assert sorted(found) == ["na\ufffdve \ufffd", "other", "ten bytes!", "x" * 11]
+
+
+@pytest.fixture(scope="module")
+def mixed(ray_local: None, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"body": f"row {number} of a table"}) + "\n" for number in range(300)))
+    mix = [MixConfig(str(folder), 3.0, None, "texts"), MixConfig(str(rows), 1.0, "body", "rows")]
+    return prepare(Settings("", mix=mix), tmp_path_factory.mktemp("cache"))
+
+
+def test_a_mix_is_its_parts(mixed: Corpus, folder: Path) -> None:
+    assert [(part.name, part.weight) for part in mixed.parts] == [("texts", 0.75), ("rows", 0.25)]
+    alone = prepare(Settings(str(folder)), mixed.folder.parent)
+    np.testing.assert_array_equal(alone.parts[0].train.tokens, mixed.parts[0].train.tokens)
+    assert all(text.startswith("row ") for text in texts_of(mixed, mixed.parts[1].heldout))
+    again = Corpus.open(str(mixed.folder))
+    assert [part.name for part in again.parts] == ["texts", "rows"]
+    moved = shutil.copytree(mixed.folder.parent, folder.parent / "moved")
+    assert len(Corpus.open(moved / mixed.folder.name).parts) == 2
+    assert mixed.line(10_000).startswith("texts: ") and "; rows: 300 documents, 0.25 of the mix" in mixed.line(10_000)
+
+
+def test_other_weights_need_no_new_reading(mixed: Corpus, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = json.loads((mixed.folder / "mix.json").read_text())
+    rows = json.loads((mixed.folder.parent / manifest[1]["folder"] / "manifest.json").read_text())["source"]
+    mix = [MixConfig(str(folder), 1.0, None, "texts"), MixConfig(rows, 1.0, "body", "rows")]
+    monkeypatch.setattr(preparing, "connected", None)  # Ray is not needed
+    other = prepare(Settings("", mix=mix), mixed.folder.parent)
+    assert other.folder != mixed.folder and [part.weight for part in other.parts] == [0.5, 0.5]
+
+
+def test_bits_per_byte_of_a_mix_are_all_nats_over_all_bytes(mixed: Corpus) -> None:
+    losses = [2.0, 3.0]
+    sides = [part.heldout for part in mixed.parts]
+    nats = 0.75 * 2.0 + 0.25 * 3.0
+    size = sum(weight * side.bytes / len(side.tokens) for weight, side in zip((0.75, 0.25), sides, strict=True))
+    assert mixed.bits_per_byte(losses) == pytest.approx(nats / size / math.log(2))
+    assert mixed.bits_per_byte(2.5) == pytest.approx(mixed.bits_per_byte([2.5, 2.5]))
+    lines = [side.unigram_bits_per_byte for side in sides]
+    assert min(lines) < mixed.unigram_bits_per_byte() < max(lines)
+
+
+def test_an_error_in_a_mix_names_its_part(ray_local: None, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n')
+    mix = [MixConfig(str(folder), name="a"), MixConfig(str(tmp_path / "rows.jsonl"), name="b")]
+    with pytest.raises(DataError, match=r"data\.mix\.1\.source: .*rows\.jsonl: line 1 has no column 'text'"):
+        prepare(Settings("", mix=mix), tmp_path / "cache")
+
+
+def test_files_are_read_again_only_if_they_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.txt"
+    read: list[str] = []
+
+    def counting(path: str) -> str:
+        read.append(path)
+        return digest(path)
+
+    monkeypatch.setattr(digests, "digest", counting)
+
+    def look(content: str | None = None, age: float = 100) -> str:
+        if content is not None:
+            path.write_text(content)
+            os.utime(path, (time.time() - age,) * 2)
+        memory = digests.Digests(tmp_path / "cache")
+        found = memory(str(path))
+        memory.save()
+        assert found == digest(str(path))
+        return found
+
+    first = look("one")
+    assert look() == first and len(read) == 1
+    assert look("two", age=99) != first and len(read) == 2
+    look("new", age=0)  # may change again within its time stamp: not remembered
+    look()
+    assert len(read) == 4
+    (tmp_path / "cache" / "digests.json").write_text("[broken")
+    look("old")
+    look()
+    assert len(read) == 5
+    assert [file.name for file in (tmp_path / "cache").iterdir()] == ["digests.json"]
+
+
+def test_what_a_killed_process_left_is_removed_after_a_day(ray_local: None, folder: Path, tmp_path: Path) -> None:
+    for name, age in (("old", 25), ("young", 23)):
+        draft = tmp_path / f".draft-{name}"
+        draft.mkdir()
+        (draft / "train.npy").write_text("half")
+        for path in (draft / "train.npy", draft):
+            os.utime(path, (time.time() - age * 3600,) * 2)
+    prepare(Settings(str(folder)), tmp_path)
+    assert sorted(path.name for path in tmp_path.glob(".draft-*")) == [".draft-young"]

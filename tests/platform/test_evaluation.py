@@ -263,3 +263,66 @@ def test_ranks_share_the_rows_in_equal_calls(world: int, monkeypatch: pytest.Mon
             total += heldout._losses(mine, rows, rank, world)  # type: ignore[arg-type]
     assert {len(mine.seen) for mine in models} == {-(-3 // world)}
     assert total.mean().item() == pytest.approx(nats(model, rows), rel=1e-6)
+
+
+def mix(*parts: tuple[np.ndarray, float, int]) -> Corpus:
+    """From the tokens, the weight and the bytes of each part."""
+    made = []
+    for number, (tokens, weight, size) in enumerate(parts):
+        side = Tokens(tokens.astype(np.uint16), size, 3, 4.0 + number)
+        made.append(Part(f"part{number}", weight, side, side, NO_COUNTS))
+    return Corpus(Path("none"), Tokenizer.bytes(), tuple(made))
+
+
+def test_the_parts_of_a_mix_by_their_weights() -> None:
+    """Tokens of one part are below 20, those of the other from 20 on, and their losses are known."""
+    low, high = np.arange(801) % 20, 20 + np.arange(1601) % 41
+
+    def rule(tokens: Tensor) -> Tensor:  # chooses among 20 or among 41
+        logits = torch.full((*tokens.shape, VOCABULARY), -1e9)
+        logits[..., :20] = torch.where(tokens < 20, 0.0, -1e9)[..., None]
+        logits[..., 20:] = torch.where(tokens < 20, -1e9, 0.0)[..., None]
+        return logits
+
+    model = Rule(rule)
+    found = report(model, mix((low, 0.75, 1602), (high, 0.25, 4803)), 20, tokens=800)
+    nats, bytes_per_token = (math.log(20), math.log(41)), (2.0, 3.0)
+    mean = 0.75 * nats[0] + 0.25 * nats[1]
+    size = 0.75 * bytes_per_token[0] + 0.25 * bytes_per_token[1]
+    assert found.tokens == 800
+    reads = torch.cat([seen for seen in model.seen if seen.shape[1] == 20])
+    assert np.count_nonzero(reads[:, 0] < 20) == 30 and len(reads) == 40
+    assert found.heldout_loss == pytest.approx(mean, rel=1e-6)
+    assert found.heldout_bits_per_byte == pytest.approx(mean / size / LN2, rel=1e-6)
+    assert found.bits_per_byte_by_position == pytest.approx([mean / size / LN2] * 8, rel=1e-6)
+    assert found.unigram_bits_per_byte == pytest.approx((0.75 * 2 * 4 + 0.25 * 3 * 5) / size)
+    metrics = found.metrics()
+    for name, loss, ratio, line in zip(("part0", "part1"), nats, bytes_per_token, (4.0, 5.0), strict=True):
+        assert metrics[f"heldout/{name}/loss"] == pytest.approx(loss, rel=1e-6)
+        assert metrics[f"heldout/{name}/bits_per_byte"] == pytest.approx(loss / ratio / LN2, rel=1e-6)
+        assert found.as_dict()["parts"][name]["unigram_bits_per_byte"] == line
+
+
+def test_one_part_has_no_figures_of_its_own() -> None:
+    found = report(Rule(uniform), corpus(random_tokens(401)), 20)
+    assert "parts" not in found.as_dict()
+    assert {name for name in found.metrics() if name.startswith("heldout")} == {
+        "heldout/loss",
+        "heldout/bits_per_byte",
+        "heldout/unigram_bits_per_byte",
+    }
+
+
+def test_the_memories_of_a_mix() -> None:
+    """Of two equal parts everything is what it is of one; a part too short for passages leaves them to the other."""
+    tokens = random_tokens(641)
+    alone = report(hope(), corpus(tokens), 32)
+    twice = report(hope(), mix((tokens, 0.5, 641), (tokens, 0.5, 641)), 32)
+    short = report(hope(), mix((tokens, 0.5, 641), (tokens[:20], 0.5, 20)), 32)
+    assert twice.eta == pytest.approx(alone.eta) and twice.alpha == pytest.approx(alone.alpha)
+    for name in ("heldout_bits_per_byte", "writes_on_bits_per_byte", "writes_off_bits_per_byte"):
+        assert getattr(twice, name) == pytest.approx(getattr(alone, name), rel=1e-6)
+    assert twice.control_tokens == 2 * (alone.control_tokens or 0)
+    assert twice.second_copy_bits_per_byte == pytest.approx(alone.second_copy_bits_per_byte, rel=1e-6)
+    assert short.second_copy_bits_per_byte == pytest.approx(alone.second_copy_bits_per_byte, rel=1e-6)
+    assert len(short.bits_per_byte_by_position) == 8

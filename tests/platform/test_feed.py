@@ -58,7 +58,7 @@ def test_every_token_but_the_first_once_an_epoch(count: int, batch: int, seed: i
 @pytest.mark.parametrize("stop", [1, 7, 13, 26])
 @pytest.mark.parametrize("text", [corpus(132), corpus(132, 30, 61, weights=(4, 1, 2))], ids=["one", "mix"])
 def test_an_epoch_resumed_at_another_world_size_sees_everything_once(stop: int, text: Corpus) -> None:
-    """One worker stops at some batch, two go on: hashes of (part, position) of what was predicted, each exactly once."""
+    """One worker stops, two go on: hashes of (part, position) of what was predicted, each exactly once an epoch."""
     alone = Feed(text, LENGTH, BATCH, seed=5)
     pair = [Feed(text, LENGTH, BATCH, seed=5, rank=rank, world=2) for rank in range(2)]
     read = [alone.batch(number)[1] for number in range(stop)]

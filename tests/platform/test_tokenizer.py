@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from nestling.data import DataError, TextStream, Tokenizer
+from nestling.data import DataError, Source, TextStream, Tokenizer, open_source, split
+from nestling.data.bpe import train_tokenizer
 
 TEXT = "The naïve café costs 3 € – 漢字 😀 and 👩‍👩‍👧 too.\n" * 3
 BYTES = Tokenizer.bytes()
@@ -160,3 +164,60 @@ def test_errors_say_what_is_wrong(bpe_file: Path, tmp_path: Path) -> None:
     words.save(str(tmp_path / "words.json"))
     with pytest.raises(DataError, match=r"none of <\|endoftext\|>, .*; name the token .* with data\.separator"):
         Tokenizer.load(tmp_path / "words.json")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Rows that share their words; every row that would be held out has a word of its own, which no other has."""
+    rows = [f"the quick brown fox number {number} jumps over the lazy dog" for number in range(400)]
+    rows = [f"{row} Zyzzyva" if split.bucket(f"{row} Zyzzyva") < split.threshold(20) else row for row in rows]
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    path.write_text("".join(json.dumps({"body": row}) + "\n" for row in [*rows, "", None]))
+    return open_source(str(path), "body")
+
+
+def test_a_trained_tokenizer(source: Source, tmp_path: Path) -> None:
+    trained = train_tokenizer(source, 300, heldout_percent=20)
+    trained.tokenizer.save(tmp_path / "tokenizer.json")
+    again = Tokenizer.load(tmp_path / "tokenizer.json")
+    assert (again.vocab_size, again.separator_name, again.separator) == (300, "<|endoftext|>", 0)
+    assert again.decode(again.encode(TEXT)) == TEXT  # whatever it was trained on
+    assert len(again.encode("the quick brown fox")) < 8
+    texts = [document.text for shard in source.shards for document in source.read(shard) if document.text]
+    kept = [text for text in texts if split.bucket(text) >= split.threshold(20)]
+    assert (trained.documents, trained.bytes) == (len(kept), sum(len(text.encode()) for text in kept))
+    heldout = [text for text in texts if split.bucket(text) < split.threshold(20)]
+    tokens = sum(len(again.encode(text)) for text in heldout)
+    assert heldout and trained.bytes_per_token == pytest.approx(sum(map(len, heldout)) / tokens)
+
+
+def test_held_out_text_does_not_reach_the_tokenizer(source: Source) -> None:
+    """A word that only held-out documents have gives no token, though it is more frequent than many others."""
+    vocabulary = json.loads(train_tokenizer(source, 400, heldout_percent=20).tokenizer.definition)["model"]["vocab"]
+    assert not [token for token in vocabulary if "Zy" in token]
+    assert "\u0120jumps" in vocabulary
+
+
+def test_training_a_tokenizer_is_deterministic(source: Source, tmp_path: Path) -> None:
+    code = (
+        "import hashlib, sys; from nestling.data import open_source; from nestling.data.bpe import train_tokenizer\n"
+        "print(train_tokenizer(open_source(sys.argv[1], 'body'), 350, 10.0).tokenizer.definition)"
+    )
+    command = [sys.executable, "-c", code, source.spec]
+    first, second = (subprocess.run(command, capture_output=True, text=True, check=True).stdout for _ in range(2))
+    assert first == second != ""
+
+
+def test_a_source_too_small_for_a_tokenizer(source: Source, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="a vocabulary of 256 tokens is too small, needs at least 257"):
+        train_tokenizer(source, 256, 10)
+    with pytest.raises(DataError, match=r"rows\.jsonl gives \d+ tokens and no more, fewer than 9000; ask") as error:
+        train_tokenizer(source, 9000, 10)
+    most = int(str(error.value).rpartition("ask for ")[2].partition(",")[0])
+    assert train_tokenizer(source, most, 10).tokenizer.vocab_size == most
+    (tmp_path / "one.txt").write_text("one document")
+    with pytest.raises(DataError, match="fewer than two different documents; give more text"):
+        train_tokenizer(open_source(str(tmp_path / "one.txt")), 300, 10)
+    for name in ("two", "three"):
+        (tmp_path / f"{name}.txt").write_text(f"{name} documents")
+    assert train_tokenizer(open_source(str(tmp_path)), 257, 0.01).documents == 2  # one is held out all the same

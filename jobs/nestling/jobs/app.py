@@ -24,6 +24,7 @@ from nestling.jobs.generate import generate
 from nestling.jobs.output import log_to_terminal
 from nestling.jobs.resume import resume
 from nestling.jobs.runs import runs
+from nestling.jobs.tokenizer import tokenizer
 from nestling.jobs.train import train
 from nestling.jobs.ui import ui
 
@@ -59,7 +60,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show where an e
     log_to_terminal(logging.DEBUG if debug else logging.INFO)
 
 
-for _verb in (train, resume, evaluate, generate, export, runs, ui, config, doctor):
+for _verb in (train, resume, evaluate, generate, export, runs, ui, config, doctor, tokenizer):
     app.command()(_verb)
 
 

@@ -13,7 +13,7 @@ from nestling.jobs.output import WRONG_USAGE, Stop, chatter_to, in_columns, say,
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="run.dir, or keys such as evaluation.final_tokens.", show_default=False),
+    typer.Argument(metavar="KEY=VALUE", help="run.dir, data.column, or evaluation.final_tokens.", show_default=False),
 ]
 
 
@@ -28,18 +28,19 @@ def evaluate(
     """Evaluate a trained model on held-out text."""
     places = [override for override in overrides or () if override.startswith("run.dir=")]
     changes = [override for override in overrides or () if override not in places]
-    pick(changes, *(f"evaluation.{field.name}" for field in fields(EvaluationConfig)))
+    pick(changes, "data.column", *(f"evaluation.{field.name}" for field in fields(EvaluationConfig)))
     folder = trained_run(run, places)
+    column = None
     if changes:
         config = from_yaml(folder.config.read_text(encoding="utf-8"), changes)
-        tokens = tokens or config.evaluation.final_tokens
+        tokens, column = tokens or config.evaluation.final_tokens, config.data.column
     if data is not None:
         _check_source(data)
     say(f"evaluating {folder.run_id} ({folder.name}); Ray's output: {folder.ray_log}")
     with chatter_to(folder.ray_log):
         from nestling.evaluation import evaluate as run_evaluation
 
-        result = run_evaluation(folder, data, tokens)
+        result = run_evaluation(folder, data, tokens, column)
     if not as_json:
         print(in_columns(report(result)))
     return result
@@ -47,12 +48,12 @@ def evaluate(
 
 def _check_source(source: str) -> None:
     from nestling.data.errors import DataError
-    from nestling.data.sources import open_source
+    from nestling.data.sources import check_source
 
     try:
-        open_source(source)
+        check_source(source, key="--data")
     except DataError as error:
-        raise Stop(str(error).replace("data.source", "--data", 1), WRONG_USAGE) from error
+        raise Stop(str(error), WRONG_USAGE) from error
 
 
 def report(figures: dict[str, Any]) -> dict[str, str]:
@@ -64,6 +65,9 @@ def report(figures: dict[str, Any]) -> dict[str, str]:
         "position": " ".join(f"{bits:.2f}" for bits in figures["bits_per_byte_by_position"])
         + " bits per byte, from the first to the last eighth of a sequence",
     }
+    if figures.get("parts"):
+        parts = (f"{name} {part['heldout_bits_per_byte']:.3f}" for name, part in figures["parts"].items())
+        lines["parts"] = ", ".join(parts) + " bits per byte"
     if figures["writes_off_bits_per_byte"] is not None:
         on, off = figures["writes_on_bits_per_byte"], figures["writes_off_bits_per_byte"]
         lines["memory"] = (

@@ -109,5 +109,5 @@ def _pattern(glob: str) -> re.Pattern[str]:
 def _translated(match: re.Match[str]) -> str:
     word = match.group()
     if len(word) > 1 and word[0] == "[":
-        return "[" + word[1].replace("!", "^") + re.sub(r"([\\\[&~|])", r"\\\1", word[2:])
+        return re.sub(r"^\[!", "[^", re.sub(r"([\\&~|]|(?<=.)\[)", r"\\\1", word))
     return {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(word) or re.escape(word)

@@ -143,19 +143,22 @@ def _byte_of_line(path: str, offset: int, number: int, line: str, _: int) -> str
 def _value(line: str, where: str, column: str) -> str:
     """The text of a row of JSONL."""
     try:
-        row = json.loads(line)
+        row = json.loads(line.rstrip("\r\n"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where} is not JSON: {error}; a row is one JSON object on one line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where} is a JSON {type(row).__name__}, needs an object such as {{{column!r}: ...}}")
+        raise DataError(f"{where} is {_in_json(row)}, needs an object such as {{{column!r}: ...}}")
     if column not in row:
         raise _no_column(where, column, list(row))
     value = row[column]
     if not isinstance(value, str | None):
-        raise DataError(
-            f"{where}: column {column!r} holds a {type(value).__name__}, needs a text; choose another column"
-        )
+        raise DataError(f"{where}: column {column!r} holds {_in_json(value)}, needs text; choose another")
     return value or ""
+
+
+def _in_json(value: Any) -> str:
+    kinds = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+    return kinds.get(type(value), "a number")
 
 
 def _no_column(where: str, column: str, columns: list[str]) -> DataError:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 #: A Parquet file is read in slices of about so many bytes (whole row groups), each a task of its own.
 SLICE = 64 << 20
 _EMBEDDED = "embedded:"
-_FIX = "give a text, JSONL or Parquet file, a folder, a glob, a URI or embedded:<domain>"
+_SOURCES = "a text, JSONL or Parquet file, a folder, a glob, a URI or embedded:<domain>"
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def open_source(spec: str, column: str = "text", key: str = "data.source") -> So
     try:
         infos = place.files()
     except DataError as error:
-        raise DataError(f"{key}: {error}; {_FIX}") from error
+        raise DataError(f"{key}: {error}; give {_SOURCES}") from error
     if not any(file.size for file in infos):
         what = f"its {len(infos)} files are all empty" if infos else "it holds no files"
         raise DataError(f"{key}: no text in {place}: {what}; give a source with text in it")
@@ -105,7 +105,7 @@ def open_source(spec: str, column: str = "text", key: str = "data.source") -> So
 def check_source(spec: str, key: str = "data.source") -> None:
     """The checks of `open_source`, but of what a URI means only that it is there: no remote folder is listed."""
     if is_uri(spec):
-        _place(spec, key).check()
+        _place(spec, key)
     else:
         open_source(spec, key=key)
 
@@ -127,12 +127,12 @@ def _domain(spec: str, key: str) -> Domain | None:
 
 def _place(spec: str, key: str) -> Place:
     if not spec.strip():
-        raise DataError(f"{key}: got an empty text; {_FIX}")
+        raise DataError(f"{key}: got an empty text, needs {_SOURCES}")
     try:
         place = find(spec)
         place.check()
     except DataError as error:
-        fix = f"did you mean {_EMBEDDED}{spec}?" if spec in DOMAINS else _FIX
+        fix = f"did you mean {_EMBEDDED}{spec}?" if spec in DOMAINS else f"give {_SOURCES}"
         raise DataError(f"{key}: {error}; {fix}") from error
     return place
 
