@@ -215,7 +215,7 @@ def test_counts_of_what_was_left_out_and_replaced(
     assert (counts.documents, counts.empty, counts.replaced) == (4, 3, 2)
     assert counts.longer_than(4) == 4 and counts.longer_than(5) == 3
     (warning,) = (record.getMessage() for record in caplog.records if record.name.startswith("nestling"))
-    assert "data.source: 2 bytes are not UTF-8 and became U+FFFD" in warning
+    assert "data.source: bytes that are not UTF-8 became U+FFFD: 2, " in warning
     assert f"the first one in {texts}/b.txt: byte 2" in warning
     found = [text for side in (corpus.parts[0].train, corpus.parts[0].heldout) for text in texts_of(corpus, side)]
     assert sorted(found) == ["na\ufffdve \ufffd", "other", "ten bytes!", "x" * 11]

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nestling.data import IGNORED, Corpus, Counts, DataError, Feed, Part, Tokenizer, Tokens
-from nestling.data.order import BLOCK, shares
+from nestling.data.order import BLOCK, dealt, shares
 
 LENGTH, BATCH = 5, 4
 
@@ -88,6 +88,14 @@ def test_the_seed_decides_the_order() -> None:
         first, again, other = (Feed(text, LENGTH, BATCH, seed).batch(2)[0] for seed in (7, 7, 8))
         np.testing.assert_array_equal(first, again)
         assert (first != other).any()
+
+
+def test_the_seed_and_the_block_decide_how_parts_are_dealt() -> None:
+    places, counts = np.arange(2 * BLOCK), (768, 256)
+    parts, _ = dealt(places, counts, seed=1)
+    other, _ = dealt(places, counts, seed=2)
+    for first, second in ((parts[:BLOCK], parts[BLOCK:]), (parts, other)):
+        assert np.mean(first != second) == pytest.approx(2 * 0.75 * 0.25, abs=0.06)  # as if drawn anew
 
 
 def test_epochs_differ() -> None:

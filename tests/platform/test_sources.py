@@ -192,6 +192,8 @@ def test_jsonl(tmp_path: Path) -> None:
     assert [document.replaced for document in found] == [0, 0, 1, 1, 0]
     offset = len(lines[0]) + 2 + 2 + len(lines[2]) + 2
     assert found[2].place == f"{tmp_path}/rows.ndjson: byte {offset + 12} (line 4)"
+    first = write(tmp_path / "first.jsonl", b"\xef\xbb\xbf" + lines[3])
+    assert documents(first, "body")[0].place == f"{first}: byte 15 (line 1)"
     assert found[3].place == f"{tmp_path}/rows.ndjson: byte {offset + len(lines[3]) + 2} (line 5)"
 
 

@@ -32,6 +32,15 @@ def _need_name(where: str, value: str) -> None:
         )
 
 
+def _need_different(where: str, what: str, names: list[str | None]) -> None:
+    for place, name in enumerate(names):
+        if name in names[:place]:
+            raise ValueError(
+                f"{where}.{place}.name: {name!r} is the name of {where}.{names.index(name)} too; "
+                f"give each {what} a name of its own"
+            )
+
+
 def _whole(value: float) -> bool:
     return value >= 1
 
@@ -135,15 +144,9 @@ class DataConfig:
                 "data.mix: got an empty list, needs at least one source, for example [{source: embedded:english}]; "
                 "or leave it out and set data.source"
             )
-        places: dict[str | None, int] = {}
         for place, part in enumerate(mix):
             part.check(f"data.mix.{place}")
-            if part.name in places:
-                raise ValueError(
-                    f"data.mix.{place}.name: {part.name!r} is the name of data.mix.{places[part.name]} too; "
-                    "give each source a name of its own"
-                )
-            places[part.name] = place
+        _need_different("data.mix", "source", [part.name for part in mix])
 
 
 @dataclass
@@ -308,16 +311,10 @@ class JobConfig:
             self.model.level_widths = [level.width for level in self.levels if level.width is not None]
 
     def _check_levels(self) -> None:
-        places: dict[str, int] = {}
         for place, level in enumerate(self.levels):
             level.check(f"levels.{place}")
             level.name = level.name or f"level{place + 1}"
-            if level.name in places:
-                raise ValueError(
-                    f"levels.{place}.name: {level.name!r} is the name of levels.{places[level.name]} too; "
-                    "give each level a name of its own"
-                )
-            places[level.name] = place
+        _need_different("levels", "level", [level.name for level in self.levels])
 
     def _check_batch(self) -> None:
         training, length = self.training, self.data.sequence_length

@@ -1,10 +1,10 @@
 """Batches of training sequences, found by the number of the batch alone.
 
-Sequences lie one after another in a part of the corpus and share their border token; the last one reaches back so far
-that it is whole, and what its neighbour predicts is masked. So every token but the first is predicted exactly once an
-epoch. Epochs of a part are seeded permutations of its sequences, parts are dealt by their weights, and both are
-arithmetic (`nestling.data.order`): nothing is kept, and a batch, cut for any number of workers, is a function of its
-number.
+Sequences lie one after another in a part of the corpus and share their border token; a document longer than a sequence
+runs on over the next ones. The last sequence reaches back so far that it is whole, and what its neighbour predicts is
+masked. So every token but the first is predicted exactly once an epoch. Epochs of a part are seeded permutations of its
+sequences, parts are dealt by their weights, and both are arithmetic (`nestling.data.order`): nothing is kept, and a
+batch, cut for any number of workers, is a function of its number.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def _write_part(draft: Path, source: Source, tokenizer: Tokenizer, threshold: in
     _write_json(draft / "manifest.json", passed.manifest())
     if passed.replaced:
         log.warning(
-            "%s: %d bytes are not UTF-8 and became U+FFFD, the first one in %s; if the file has another encoding, "
+            "%s: bytes that are not UTF-8 became U+FFFD: %d, the first one in %s; if the file has another encoding, "
             "convert it (iconv -f latin1 -t utf-8)",
             source.key,
             passed.replaced,

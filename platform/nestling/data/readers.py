@@ -127,11 +127,10 @@ def _jsonl(file: IO[bytes], path: str, column: str) -> Iterator[Document]:
     """A document a line; blank lines are none, and null is an empty text."""
     offset = 0
     for number, raw in enumerate(io.BufferedReader(file, _WINDOW), 1):  # type: ignore[type-var]
-        line = raw.removeprefix(codecs.BOM_UTF8 if number == 1 else b"").decode("utf-8", "surrogateescape")
+        line = raw.decode("utf-8", "surrogateescape")
         if line.strip():
-            yield Document.decoded(
-                _value(line, f"{path}: line {number}", column), partial(_byte_of_line, path, offset, number, line)
-            )
+            value = _value(line.removeprefix("\ufeff"), f"{path}: line {number}", column)
+            yield Document.decoded(value, partial(_byte_of_line, path, offset, number, line))
         offset += len(raw)
 
 
