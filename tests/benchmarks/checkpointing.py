@@ -3,8 +3,8 @@
 A HOPE of about 100 million parameters with a slow level, on two workers with ZeRO 2, takes two steps, saves several
 times and comes back in a fresh engine. Blocking is what `save` takes from the training (a look for values that are not
 finite, agreeing on the save, and copying the bytes into files); hashing, syncing and the commit happen beside the
-training. Memory is how far the resident set rises above what it was, at its peak during the save. Target: blocking under
-2 seconds.
+training. Memory is how far the resident set rises above what it was, at its peak during the save. Target: blocking
+under 2 seconds.
 """
 
 from __future__ import annotations
@@ -116,7 +116,8 @@ def main() -> None:
 
     print(f"{chip()}, two workers of one thread; torch {torch.__version__}, Python {platform.python_version()}")
     print(
-        f"{result['parameters']:,} parameters, checkpoint of {result['checkpoint_bytes'] / 2**20:,.0f} MiB; seconds on rank 0:"
+        f"{result['parameters']:,} parameters, a checkpoint of {result['checkpoint_bytes'] / 2**20:,.0f} MiB; "
+        "seconds on rank 0:"
     )
     for stage in ("blocking", "write", "hash", "sync", "commit", "whole"):
         values = [save[stage] for save in result["saves"]]

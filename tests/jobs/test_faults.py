@@ -1,6 +1,7 @@
 """What happens to a run when processes die, people lose patience and files rot: it goes on, to the bit.
 
-Every fault is real: a signal to a real process, a file changed on disk. The reference is a run that nothing happened to.
+Every fault is real: a signal to a real process, a file changed on disk. Each is compared with a run that nothing
+happened to.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import psutil
 import pytest
 
 ROOT = Path(__file__).parents[2]
-STEPS = 150
+STEPS = 90
 JOB = [
     *("training.workers=2", "training.zero_stage=2", "training.batch_tokens=256", "training.micro_batch=1"),
     *(f"training.steps={STEPS}", "training.log_every=1", "training.warmup_steps=2", "training.evaluate_every=0"),
@@ -35,6 +36,7 @@ class Run:
     """A run of the command line in a process of its own."""
 
     def __init__(self, runs: Path, *arguments: str) -> None:
+        self.runs, self.before = runs, set(runs.glob("*/run.json"))
         environment = dict(os.environ) | {"NESTLING_RUNS": str(runs)}
         environment.pop("MLFLOW_TRACKING_URI", None)
         self.process = subprocess.Popen(
@@ -45,12 +47,12 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
         )
-        self.runs = runs
 
     def folder(self) -> Path:
-        """The newest run's folder, when there is one."""
-        self.until(lambda: any(self.runs.glob("*/run.json")))
-        return max(self.runs.glob("*/run.json"), key=lambda path: path.stat().st_mtime).parent
+        """The run's folder, when there is one."""
+        self.until(lambda: bool(set(self.runs.glob("*/run.json")) - self.before))
+        (path,) = set(self.runs.glob("*/run.json")) - self.before
+        return path.parent
 
     def until(self, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + 120
@@ -67,6 +69,12 @@ class Run:
     def worker(self, number: int = 0) -> psutil.Process:
         children = psutil.Process(self.process.pid).children(recursive=True)
         return [child for child in children if "RayTrainWorker" in "".join(child.cmdline())][number]
+
+    def kill(self) -> None:
+        """Kill the driver, and wait until Ray's processes, which see that a moment later, are gone too."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        psutil.wait_procs(children, timeout=60)
 
     def ended(self) -> tuple[int, dict[str, Any], str]:
         """Exit code, JSON and what was said."""
@@ -96,26 +104,33 @@ def history(folder: Path) -> list[tuple[int, float]]:
     info = json.loads((folder / "run.json").read_text())
     client = mlflow.MlflowClient(info["tracking_uri"])
     assert client.get_run(info["mlflow_run_id"]).info.status == "FINISHED"
-    (experiment,) = {run.experiment_id for run in client.search_experiments() if run.name == "nestling"}
-    assert len(client.search_runs([experiment])) == 1  # the same MLflow run went on
+    (experiment,) = (found.experiment_id for found in client.search_experiments() if found.name == "nestling")
+    tagged = client.search_runs([experiment], f"tags.`nestling.run_id` = '{info['run_id']}'")
+    assert len(tagged) == 1  # the same MLflow run went on
     return [(metric.step, metric.value) for metric in client.get_metric_history(info["mlflow_run_id"], "train/loss")]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[int, float]]]:
-    run = Run(tmp_path_factory.mktemp("undisturbed"), "train", "quickstart", *JOB)
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where all runs of these tests are kept."""
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Path) -> tuple[str, list[tuple[int, float]]]:
+    run = Run(runs, "train", "quickstart", *JOB)
     code, summary, err = run.ended()
     assert code == 0, err
-    assert summary["checkpoint"].endswith("step-00000150") and Path(summary["checkpoint"]).is_dir()
+    assert summary["checkpoint"].endswith("step-00000090") and Path(summary["checkpoint"]).is_dir()
     weights, losses = found = fingerprint(Path(summary["run_dir"]))
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
     assert losses[-1][1] < losses[0][1] - 1
     return found
 
 
-def test_kill_9_of_a_worker(tmp_path: Path, undisturbed: Any) -> None:
-    run = Run(tmp_path, "train", "quickstart", *JOB)
-    folder = run.reaches(50)
+def test_kill_9_of_a_worker(runs: Path, undisturbed: Any) -> None:
+    run = Run(runs, "train", "quickstart", *JOB)
+    folder = run.reaches(45)
     run.worker(1).kill()
     code, summary, err = run.ended()
     assert code == 0, err
@@ -126,40 +141,39 @@ def test_kill_9_of_a_worker(tmp_path: Path, undisturbed: Any) -> None:
     assert summary["steps"] == STEPS
 
 
-def test_kill_9_of_a_worker_that_may_not_be_repeated(tmp_path: Path, undisturbed: Any) -> None:
-    run = Run(tmp_path, "train", "quickstart", *JOB, "training.max_failures=0")
+def test_kill_9_of_a_worker_that_may_not_be_repeated(runs: Path, undisturbed: Any) -> None:
+    run = Run(runs, "train", "quickstart", *JOB, "training.max_failures=0")
     folder = run.reaches(30)
     run.worker(0).kill()
     code, summary, err = run.ended()
     assert code == 1 and summary["status"] == "failed"
     assert "giving up after training.max_failures=0" in err and f"nestling resume {summary['run_id']}" in err
-    code, summary, err = Run(tmp_path, "resume", "latest").ended()
+    code, summary, err = Run(runs, "resume", "latest").ended()
     assert code == 0, err
     assert fingerprint(folder) == undisturbed
 
 
-def test_kill_9_of_the_driver(tmp_path: Path, undisturbed: Any) -> None:
-    run = Run(tmp_path, "train", "quickstart", *JOB)
-    folder = run.reaches(70)
-    second = Run(tmp_path, "resume", "latest").ended()
+def test_kill_9_of_the_driver(runs: Path, undisturbed: Any) -> None:
+    run = Run(runs, "train", "quickstart", *JOB)
+    folder = run.reaches(50)
+    second = Run(runs, "resume", "latest").ended()
     assert second[0] == 2 and "being trained" in second[2]
-    run.process.kill()
-    run.ended()
+    run.kill()
     listed = subprocess.run(
-        [sys.executable, "-m", "nestling.jobs.app", "runs", f"run.dir={tmp_path}", "--json"], capture_output=True
+        [sys.executable, "-m", "nestling.jobs.app", "runs", f"run.dir={runs}", "--json"], capture_output=True
     )
-    assert json.loads(listed.stdout)["runs"][0]["status"] == "stopped"
-    code, summary, err = Run(tmp_path, "resume", "latest").ended()
+    assert json.loads(listed.stdout)["runs"][-1]["status"] == "stopped"
+    code, summary, err = Run(runs, "resume", "latest").ended()
     assert code == 0, err
     assert summary["run_dir"] == str(folder) and summary["status"] == "finished"
-    assert events(folder, "resumed")[-1]["step"] >= 60
+    assert events(folder, "resumed")[-1]["step"] >= 40
     assert fingerprint(folder) == undisturbed
     assert history(folder) == undisturbed[1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on(tmp_path: Path, undisturbed: Any, number: signal.Signals) -> None:
-    run = Run(tmp_path, "train", "quickstart", *JOB)
+def test_a_signal_saves_and_the_run_goes_on(runs: Path, undisturbed: Any, number: signal.Signals) -> None:
+    run = Run(runs, "train", "quickstart", *JOB)
     run.reaches(45)
     run.process.send_signal(number)
     code, summary, err = run.ended()
@@ -167,18 +181,18 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path: Path, undisturbed: Any, nu
     assert summary["steps"] % 20 and summary["checkpoint"].endswith(f"step-{summary['steps']:08}")
     assert "saving a checkpoint" in err and f"nestling resume {summary['run_id']}" in err and "Traceback" not in err
     evaluated = subprocess.run(
-        [sys.executable, "-m", "nestling.jobs.app", "evaluate", "latest", f"run.dir={tmp_path}", "--json"],
+        [sys.executable, "-m", "nestling.jobs.app", "evaluate", "latest", f"run.dir={runs}", "--json"],
         capture_output=True,
     )
     assert json.loads(evaluated.stdout)["heldout_loss"] > 0  # from the checkpoint
-    code, resumed, err = Run(tmp_path, "resume", summary["run_id"]).ended()
+    code, resumed, err = Run(runs, "resume", summary["run_id"]).ended()
     assert code == 0, err
     assert f"training goes on from the checkpoint of step {summary['steps']}" in err
     assert fingerprint(Path(resumed["run_dir"])) == undisturbed
 
 
-def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
-    run = Run(tmp_path, "train", "quickstart", *JOB)
+def test_a_second_ctrl_c_leaves_at_once(runs: Path) -> None:
+    run = Run(runs, "train", "quickstart", *JOB)
     folder = run.reaches(30)
     os.kill(run.worker(0).pid, signal.SIGSTOP)  # the step never ends, so nothing can be saved
     run.process.send_signal(signal.SIGINT)
@@ -191,17 +205,16 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
     assert time.monotonic() - began < 60  # it does not wait for the training that hangs
 
 
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path: Path, undisturbed: Any) -> None:
-    run = Run(tmp_path, "train", "quickstart", *JOB)
-    folder = run.reaches(90)
-    run.process.kill()
-    run.ended()
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs: Path, undisturbed: Any) -> None:
+    run = Run(runs, "train", "quickstart", *JOB)
+    folder = run.reaches(50)
+    run.kill()
     newest = max((folder / "checkpoints").glob("step-*"))
     shard = next(newest.rglob("*.safetensors"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    code, _, err = Run(tmp_path, "resume", "latest").ended()
+    code, _, err = Run(runs, "resume", "latest").ended()
     assert code == 0, err
     (damaged,) = events(folder, "damaged")
     assert str(shard) in damaged["message"] and "altered" in damaged["message"] and damaged["message"] in err
@@ -222,9 +235,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(
-    tmp_path: Path, small_disk: Path, undisturbed: Any
+    runs: Path, small_disk: Path, undisturbed: Any
 ) -> None:
-    run = Run(tmp_path / "runs", "train", "quickstart", *JOB, f"checkpoint.dir={small_disk}")
+    run = Run(runs, "train", "quickstart", *JOB, f"checkpoint.dir={small_disk}")
     folder = run.folder()
     checkpoints = small_disk / folder.name
     run.until(lambda: (checkpoints / "step-00000020").exists())
@@ -238,5 +251,5 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_training_goes_on(
     (small_disk / "filler").unlink()
     code, summary, err = run.ended()
     assert code == 0, err
-    assert failed["message"] in err and summary["checkpoint"].endswith("step-00000150")
+    assert failed["message"] in err and summary["checkpoint"].endswith("step-00000090")
     assert fingerprint(folder) == undisturbed

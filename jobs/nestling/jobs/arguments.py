@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nestling.config import RunConfig, pick
-from nestling.jobs.output import WRONG_USAGE, Stop
+from nestling.jobs.output import WRONG_USAGE, Stop, say
 from nestling.tracking.runs import RunFolder, find_run
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or the name of one in ./jobs.")]
@@ -40,10 +40,16 @@ def found_run(reference: str, overrides: list[str] | None) -> RunFolder:
 def trained_run(reference: str, overrides: list[str] | None) -> RunFolder:
     """The run that `reference` means, which must have weights: its final ones, or a checkpoint."""
     folder = found_run(reference, overrides)
-    if not folder.weights.is_file():
+    if folder.status() == "finished" and folder.weights.is_file():
+        return folder
+    from nestling.checkpoint import trained_step  # torch takes seconds
+
+    step = trained_step(folder)
+    if step is None:
         raise Stop(
-            f"run {folder.run_id} ({folder.name}, {folder.info().get('status')}) has no final weights: "
-            f"{folder.weights} is missing; choose a finished run (nestling runs)",
+            f"run {folder.run_id} ({folder.name}, {folder.status()}) has no weights: {folder.weights} is missing and "
+            "there is no checkpoint; choose another run (nestling runs)",
             WRONG_USAGE,
         )
+    say(f"run {folder.run_id} ({folder.name}) is {folder.status()}: its newest checkpoint is taken, of step {step}")
     return folder

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,28 +40,33 @@ def export(
     folder = trained_run(run, overrides)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Stop(f"--out: {out} exists and is not an empty folder; give a new one", WRONG_USAGE)
-    files = [folder.weights, folder.config, folder.tokenizer]
-    _copy(files, out.resolve())
+    from nestling.checkpoint import write_weights
+
+    with _new_folder(out.resolve()) as draft:
+        step = write_weights(folder, draft / folder.weights.name)
+        for file in (folder.config, folder.tokenizer):
+            shutil.copyfile(file, draft / file.name)
+    names = [folder.weights.name, folder.config.name, folder.tokenizer.name]
     with (out / folder.weights.name).open("rb") as weights:
         sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
     if not as_json:
-        print("\n".join(str(out / file.name) for file in files))
+        print("\n".join(str(out / name) for name in names))
         print(f"sha256 of {folder.weights.name}: {sha256}")
-    names = [file.name for file in files]
-    return {"run_id": folder.run_id, "step": folder.info().get("steps"), "files": names, "sha256": sha256}
+    return {"run_id": folder.run_id, "step": step, "files": names, "sha256": sha256}
 
 
-def _copy(files: list[Path], out: Path) -> None:
-    """Copies files into the folder `out`: a new one appears with all of them, one that is there gets the first last."""
+@contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A draft whose files stand in `out` at the end: a new folder appears with all of them, one that is there gets the
+    first last."""
     exists = out.is_dir()
     draft = (out if exists else out.parent) / f".{out.name}.{secrets.token_hex(4)}"
     draft.mkdir(parents=True)
     try:
-        for file in files:
-            shutil.copyfile(file, draft / file.name)
+        yield draft
         if exists:
-            for file in reversed(files):
-                (draft / file.name).rename(out / file.name)
+            for file in sorted(draft.iterdir(), reverse=True):
+                file.rename(out / file.name)
             draft.rmdir()
         else:
             draft.rename(out)

@@ -18,7 +18,7 @@ from nestling.tracking.runs import RunBusyError, RunFolder
 
 KEYS = (
     *("run_id", "status", "steps", "tokens", "train_loss", "heldout_bits_per_byte", "unigram_bits_per_byte"),
-    *("tokens_per_second", "checkpoint", "run_dir", "tracking_uri"),
+    *("tokens_per_second", "checkpoint", "run_dir", "tracking_uri", "skipped_steps", "data"),
 )
 
 
@@ -75,7 +75,9 @@ def _report(summary: dict[str, Any], folder: RunFolder, config: JobConfig) -> st
         "run": f"{folder.run_id} ({folder.name}), {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
         f"{summary['tokens_per_second']:,.0f} tokens/s",
         **report(json.loads(folder.evaluation.read_text())),
+        "data": summary["data"],
         "folder": str(folder.path),
+        "saved": str(summary["checkpoint"]),
         "log": str(folder.ray_log),
         "curves": f"{folder.figure}, or in MLflow: nestling ui{place}",
         "sample": f'nestling generate {folder.run_id} --prompt "The "{place}',

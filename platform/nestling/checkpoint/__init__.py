@@ -5,7 +5,15 @@ a thread, `store` finds, checks, opens and removes checkpoints; `final` gives a 
 """
 
 from nestling.checkpoint.errors import CheckpointError
-from nestling.checkpoint.final import WEIGHT, export_weights, load_final, newest_good, run_store, trained_step
+from nestling.checkpoint.final import (
+    WEIGHT,
+    export_weights,
+    load_final,
+    newest_good,
+    run_store,
+    trained_step,
+    write_weights,
+)
 from nestling.checkpoint.manifest import Checkpoint
 from nestling.checkpoint.pieces import Piece, Pieces, write_pieces
 from nestling.checkpoint.saver import Saver
@@ -26,4 +34,5 @@ __all__ = [
     "run_store",
     "trained_step",
     "write_pieces",
+    "write_weights",
 ]

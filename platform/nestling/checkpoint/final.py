@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,6 +75,22 @@ def load_final(folder: RunFolder, device: str = "cpu") -> tuple[LanguageModel, T
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"run {folder.run_id} in {folder.path} cannot be read: {error}") from error
     return model.eval(), tokenizer, config
+
+
+def write_weights(folder: RunFolder, path: Path) -> int:
+    """Write the weights that `load_final` gives to a file; returns their optimizer step.
+
+    Raises:
+        CheckpointError: the run has none, or they are damaged.
+    """
+    _check_there(folder)
+    if _finished(folder):
+        shutil.copyfile(folder.weights, path)
+        return int(folder.info()["steps"])
+    config = from_yaml(folder.config.read_text())
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in build(config.model).named_parameters()}
+    return export_weights(run_store(config, folder), shapes, path)
 
 
 def trained_step(folder: RunFolder) -> int | None:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from nestling.config import JobConfig
-from nestling.data import Corpus, Feed
+from nestling.data import IGNORED, Corpus, Feed
 from nestling.models import HopeConfig, build
 from nestling.models.hope import set_chunk_size
 from nestling.training.engine import levels_of, make_engine, optimizer_step, set_rate
@@ -59,7 +59,7 @@ class Training:
         self.config, self.corpus, self.device = config, corpus, device
         self.rank, self.world, self._stopping = rank, world, stopping
         length = config.data.sequence_length
-        self.feed = Feed(corpus.train, length, config.training.batch_tokens // length, config.seed, rank, world)
+        self.feed = Feed(corpus, length, config.training.batch_tokens // length, config.seed, rank, world)
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         self.model = build(config.model).to(device)
@@ -166,18 +166,20 @@ class Training:
         if isinstance(model, HopeConfig) and model.redraw_chunk_sizes:
             draw = random.Random(f"{self.config.seed} chunk size {self.done}")
             set_chunk_size(self.model, draw.choice(model.redraw_chunk_sizes))
-        rows = torch.from_numpy(self.feed.batch(self.done - 1 + self.passed_over)).to(self.device)
-        pieces = rows.split(self.engine.train_micro_batch_size_per_gpu())
+        batch = (torch.from_numpy(half).to(self.device) for half in self.feed.batch(self.done - 1 + self.passed_over))
+        size = self.engine.train_micro_batch_size_per_gpu()
+        pieces = list(zip(*(half.split(size) for half in batch), strict=True))
         # Sum of the losses, predicted tokens, and whether to stop: what all ranks have to know before they move.
         figures = torch.zeros(3, dtype=torch.float64, device=self.device)
         figures[2] = self.rank == 0 and self._stopping()
-        for place, piece in enumerate(pieces):
-            inputs, targets = piece[:, :-1], piece[:, 1:]
+        for place, (inputs, targets) in enumerate(pieces):
             logits, _ = self.engine(inputs)
-            total = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
-            self.engine.backward(total / targets.numel())
+            total = F.cross_entropy(
+                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
+            )
+            self.engine.backward(total / targets.numel())  # each token weighs the same, however many are masked
             figures[0] += total.detach()
-            figures[1] += targets.numel()
+            figures[1] += (targets != IGNORED).sum()
             if place == len(pieces) - 1:
                 dist.all_reduce(figures)
                 nats, predicted, stop = figures.tolist()

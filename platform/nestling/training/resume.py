@@ -20,6 +20,7 @@ CHANGEABLE = (
     "checkpoint.*",
     "tracking.*",
     "data.source",
+    "data.mix.*.source",
 )
 FIXED = ("training.batch_tokens",)
 

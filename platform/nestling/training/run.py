@@ -15,7 +15,7 @@ from typing import Any
 
 from nestling.cluster import connected
 from nestling.config import JobConfig, to_mapping, to_yaml
-from nestling.data import Corpus, DataError, Feed, prepare
+from nestling.data import Corpus, DataError, Feed, absolute, prepare
 from nestling.models import build
 from nestling.tracking import RunFolder, TrackedRun, finish, followed, start
 from nestling.training.attended import attended, ending
@@ -41,6 +41,7 @@ class Summary:
     run_dir: str
     tracking_uri: str
     skipped_steps: int
+    data: str
 
 
 class TrainingError(RuntimeError):
@@ -81,6 +82,7 @@ def fit(
                 corpus.tokenizer.save(folder.tokenizer)
                 with followed(folder, on_progress, on_event):
                     result = _train(config, corpus, folder, tracked)
+            result["data"] = corpus.line(config.data.sequence_length)
             status = result.pop("status")
             return _sum_up(folder, tracked, status, result)
         except KeyboardInterrupt:
@@ -127,10 +129,10 @@ def _on_device(config: JobConfig) -> JobConfig:
 def _complete(config: JobConfig, corpus: Corpus) -> JobConfig:
     """Fill in the vocabulary and where the data is; check that there is at least one batch before workers start."""
     length, training = config.data.sequence_length, config.training
-    Feed(corpus.train, length, training.batch_tokens // length, config.seed)
+    Feed(corpus, length, training.batch_tokens // length, config.seed)
     data = config.data
-    if not data.source.startswith("embedded:"):
-        data = replace(data, source=str(Path(data.source).expanduser().resolve()))
+    mix = data.mix and [replace(part, source=absolute(part.source)) for part in data.mix]
+    data = replace(data, source=absolute(data.source), mix=mix)
     return replace(config, data=data, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
 
 
