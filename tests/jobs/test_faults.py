@@ -66,15 +66,15 @@ class Run:
         self.until(lambda: log.exists() and log.read_bytes().count(b"\n") >= step)
         return folder
 
-    def worker(self, number: int = 0) -> psutil.Process:
+    def workers(self) -> list[psutil.Process]:
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [child for child in children if "RayTrainWorker" in "".join(child.cmdline())][number]
+        return [child for child in children if "RayTrainWorker" in "".join(child.cmdline())]
 
     def kill(self) -> None:
-        """Kill the driver, and wait until Ray's processes, which see that a moment later, are gone too."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        """Kill the driver, and wait until the workers, whom Ray ends a moment later, are gone too."""
+        workers = self.workers()
         self.process.kill()
-        psutil.wait_procs(children, timeout=60)
+        psutil.wait_procs(workers, timeout=60)
 
     def ended(self) -> tuple[int, dict[str, Any], str]:
         """Exit code, JSON and what was said."""
@@ -131,7 +131,7 @@ def undisturbed(runs: Path) -> tuple[str, list[tuple[int, float]]]:
 def test_kill_9_of_a_worker(runs: Path, undisturbed: Any) -> None:
     run = Run(runs, "train", "quickstart", *JOB)
     folder = run.reaches(45)
-    run.worker(1).kill()
+    run.workers()[1].kill()
     code, summary, err = run.ended()
     assert code == 0, err
     assert "died" in err and "starting again from the last checkpoint (1 of 3)" in err
@@ -141,15 +141,23 @@ def test_kill_9_of_a_worker(runs: Path, undisturbed: Any) -> None:
     assert summary["steps"] == STEPS
 
 
-def test_kill_9_of_a_worker_that_may_not_be_repeated(runs: Path, undisturbed: Any) -> None:
+def test_a_run_that_gave_up_is_resumed_from_the_last_good_checkpoint(runs: Path, undisturbed: Any) -> None:
     run = Run(runs, "train", "quickstart", *JOB, "training.max_failures=0")
-    folder = run.reaches(30)
-    run.worker(0).kill()
+    folder = run.reaches(50)
+    run.workers()[0].kill()
     code, summary, err = run.ended()
     assert code == 1 and summary["status"] == "failed"
     assert "giving up after training.max_failures=0" in err and f"nestling resume {summary['run_id']}" in err
-    code, summary, err = Run(runs, "resume", "latest").ended()
+    newest = max((folder / "checkpoints").glob("step-*"))
+    shard = next(newest.rglob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    code, _, err = Run(runs, "resume", summary["run_id"]).ended()
     assert code == 0, err
+    (damaged,) = events(folder, "damaged")
+    assert str(shard) in damaged["message"] and "altered" in damaged["message"] and damaged["message"] in err
+    assert events(folder, "resumed")[-1]["step"] == int(newest.name[5:]) - 20
     assert fingerprint(folder) == undisturbed
 
 
@@ -171,15 +179,9 @@ def test_kill_9_of_the_driver(runs: Path, undisturbed: Any) -> None:
     assert history(folder) == undisturbed[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_the_run_goes_on(runs: Path, undisturbed: Any, number: signal.Signals) -> None:
-    run = Run(runs, "train", "quickstart", *JOB)
-    run.reaches(45)
-    run.process.send_signal(number)
-    code, summary, err = run.ended()
-    assert code == 130 and summary["status"] == "interrupted", err
-    assert summary["steps"] % 20 and summary["checkpoint"].endswith(f"step-{summary['steps']:08}")
-    assert "saving a checkpoint" in err and f"nestling resume {summary['run_id']}" in err and "Traceback" not in err
+def test_ctrl_c_saves_and_the_run_goes_on(runs: Path, undisturbed: Any) -> None:
+    summary, err = interrupted(runs, signal.SIGINT)
+    assert f"nestling resume {summary['run_id']}" in err
     evaluated = subprocess.run(
         [sys.executable, "-m", "nestling.jobs.app", "evaluate", "latest", f"run.dir={runs}", "--json"],
         capture_output=True,
@@ -191,10 +193,26 @@ def test_a_signal_saves_and_the_run_goes_on(runs: Path, undisturbed: Any, number
     assert fingerprint(Path(resumed["run_dir"])) == undisturbed
 
 
+def test_what_kill_and_slurm_send_saves_too(runs: Path) -> None:
+    interrupted(runs, signal.SIGTERM)
+
+
+def interrupted(runs: Path, number: signal.Signals) -> tuple[dict[str, Any], str]:
+    """The JSON of a run that was sent a signal, and what it said."""
+    run = Run(runs, "train", "quickstart", *JOB)
+    run.reaches(45)
+    run.process.send_signal(number)
+    code, summary, err = run.ended()
+    assert code == 130 and summary["status"] == "interrupted", err
+    assert summary["steps"] >= 45 and summary["checkpoint"].endswith(f"step-{summary['steps']:08}")
+    assert "saving a checkpoint" in err and "Traceback" not in err
+    return summary, err
+
+
 def test_a_second_ctrl_c_leaves_at_once(runs: Path) -> None:
     run = Run(runs, "train", "quickstart", *JOB)
     folder = run.reaches(30)
-    os.kill(run.worker(0).pid, signal.SIGSTOP)  # the step never ends, so nothing can be saved
+    os.kill(run.workers()[0].pid, signal.SIGSTOP)  # the step never ends, so nothing can be saved
     run.process.send_signal(signal.SIGINT)
     run.until(lambda: "stopping" in (folder / "events.jsonl").read_text())
     began = time.monotonic()
@@ -203,23 +221,6 @@ def test_a_second_ctrl_c_leaves_at_once(runs: Path) -> None:
     assert code == 130 and summary["status"] == "interrupted", err
     assert summary["checkpoint"] is None or summary["checkpoint"].endswith("step-00000020")
     assert time.monotonic() - began < 60  # it does not wait for the training that hangs
-
-
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(runs: Path, undisturbed: Any) -> None:
-    run = Run(runs, "train", "quickstart", *JOB)
-    folder = run.reaches(50)
-    run.kill()
-    newest = max((folder / "checkpoints").glob("step-*"))
-    shard = next(newest.rglob("*.safetensors"))
-    content = bytearray(shard.read_bytes())
-    content[len(content) // 2] ^= 1
-    shard.write_bytes(content)
-    code, _, err = Run(runs, "resume", "latest").ended()
-    assert code == 0, err
-    (damaged,) = events(folder, "damaged")
-    assert str(shard) in damaged["message"] and "altered" in damaged["message"] and damaged["message"] in err
-    assert events(folder, "resumed")[-1]["step"] == int(newest.name[5:]) - 20
-    assert fingerprint(folder) == undisturbed
 
 
 @pytest.fixture

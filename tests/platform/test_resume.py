@@ -70,7 +70,7 @@ def probe(settings):
             record = training.record() if training.done % 2 == 0 else {"train/loss": training.loss}
             records.append({key: value for key, value in record.items() if "per_second" not in key})
             if keeper is not None and training.done in SAVED:
-                keeper.save(None)
+                keeper.save({})
         weights = full_weights(training.engine, keep=True)
         hashes = {name: hashlib.sha256(w.numpy().tobytes()).hexdigest() for name, w in weights.items()}
         return {"records": records, "weights": hashes}

@@ -4,7 +4,7 @@
 a thread, `store` finds, checks, opens and removes checkpoints; `final` gives a model back from a finished run.
 """
 
-from nestling.checkpoint.errors import CheckpointError
+from nestling.checkpoint.errors import CheckpointError, ResumeError
 from nestling.checkpoint.final import (
     WEIGHT,
     export_weights,
@@ -15,17 +15,19 @@ from nestling.checkpoint.final import (
     write_weights,
 )
 from nestling.checkpoint.manifest import Checkpoint
-from nestling.checkpoint.pieces import Piece, Pieces, write_pieces
+from nestling.checkpoint.pieces import BUCKET, Piece, Pieces, write_pieces
 from nestling.checkpoint.saver import Saver
 from nestling.checkpoint.store import OpenCheckpoint, Store
 
 __all__ = [
+    "BUCKET",
     "WEIGHT",
     "Checkpoint",
     "CheckpointError",
     "OpenCheckpoint",
     "Piece",
     "Pieces",
+    "ResumeError",
     "Saver",
     "Store",
     "export_weights",

@@ -3,3 +3,7 @@
 
 class CheckpointError(RuntimeError):
     """A run's files are missing, damaged or do not belong together; the message names them."""
+
+
+class ResumeError(CheckpointError):
+    """A training cannot go on from its checkpoints; all ranks find that together."""

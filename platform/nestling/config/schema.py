@@ -227,7 +227,8 @@ class TrainingConfig:
     #: Failures of workers after which training goes on from the last checkpoint before it gives up.
     max_failures: int = 3
     #: A loss or gradient norm so many standard deviations above those of the last 128 steps is a spike: like one that
-    #: is not finite, it is not trained on. 0: no step is skipped as a spike.
+    #: is not finite, it is not trained on. 0: no step is skipped as a spike. (A gradient norm also has to be ten times
+    #: the usual one; what is less is left to `clip`.)
     spike_sigmas: float = 6.0
     #: Steps skipped in a row after which `on_divergence` is done.
     max_skipped: int = 5

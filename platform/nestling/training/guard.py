@@ -13,6 +13,8 @@ from typing import Any
 
 #: Steps that a value is compared with, and how many there must be.
 WINDOW, ENOUGH = 128, 32
+#: A gradient norm below so many times the usual one is no spike: clipping takes care of it.
+LARGE_NORM = 10.0
 
 
 class Guard:
@@ -49,8 +51,10 @@ class Guard:
         usual = self._usual[name]
         if not self._sigmas or len(usual) < ENOUGH:
             return ""
-        mean, deviation = statistics.fmean(usual), statistics.pstdev(usual)
-        if value <= mean + self._sigmas * deviation:
+        mean, margin = statistics.fmean(usual), self._sigmas * statistics.pstdev(usual)
+        if name == "gradient norm":
+            margin = max(margin, math.log(LARGE_NORM))
+        if value <= mean + margin:
             return ""
         if name == "gradient norm":
             value, mean = math.exp(value), math.exp(mean)

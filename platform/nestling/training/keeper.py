@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import queue
 import secrets
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from nestling.checkpoint import WEIGHT, Checkpoint, CheckpointError, Saver, Store
+from nestling.checkpoint import WEIGHT, Checkpoint, ResumeError, Saver, Store
 from nestling.config import to_yaml
 from nestling.tracking import Tracker
 from nestling.training.state import engine_pieces, load_engine, optimizer_scalars, random_state, set_random_state
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from nestling.training.worker import Training
 
 FORMAT = 1
+#: Metrics that MLflow shows beside a checkpoint.
+SHOWN = ("train/loss", "heldout/loss", "heldout/bits_per_byte")
 
 
 class Keeper:
@@ -35,6 +38,7 @@ class Keeper:
         )
         self._news: queue.SimpleQueue[tuple[str, dict[str, Any]]] = queue.SimpleQueue()
         self._lineage: list[dict[str, Any]] = []
+        self._metrics: dict[str, float] = {}
         #: Whether the last save went well so far; None before the first.
         self._saved: bool | None = None
         if self._rank == 0:
@@ -42,8 +46,12 @@ class Keeper:
         #: The last checkpoint that is known to be good, on rank 0.
         self.good: Checkpoint | None = None
 
-    def save(self, heldout_loss: float | None) -> None:
-        """Write the state after the present step; blocks until the bytes are in files, the rest happens beside."""
+    def save(self, metrics: Mapping[str, float]) -> None:
+        """Write the state after the present step; blocks until the bytes are in files, the rest happens beside.
+
+        Args:
+            metrics: what is known of the present step; `heldout/loss` among them decides about the best checkpoints.
+        """
         training = self._training
         self._saver.wait()
         self.tell()
@@ -61,7 +69,8 @@ class Keeper:
                 problem = str(error)
         problems = [problem for problem in self._from_all(problem) if problem]
         if not problems:
-            self._saver.commit(heldout_loss)
+            self._metrics = {key: metrics[key] for key in SHOWN if key in metrics}
+            self._saver.commit(metrics.get("heldout/loss"))
             self._saved = True
             return
         self._saver.abandon()
@@ -69,7 +78,13 @@ class Keeper:
         self.tell()
 
     def restore(self, before: int | None = None) -> int | None:
-        """Take up the newest good checkpoint, of a step lower than `before` if that is given; returns its step."""
+        """Take up the newest good checkpoint, of a step lower than `before` if that is given; returns its step.
+
+        None: there is no checkpoint.
+
+        Raises:
+            ResumeError: there are checkpoints, but none is good or they hold another model.
+        """
         self._saver.wait()
         checkpoint = self._newest_good(before)
         if checkpoint is None:
@@ -80,7 +95,7 @@ class Keeper:
         expected = {WEIGHT + name: shape.numel() for name, shape in training.shapes.items()}
         held = {name: size for name, size in found.pieces.sizes.items() if name.startswith(WEIGHT)}
         if held != expected:
-            raise CheckpointError(
+            raise ResumeError(
                 f"{self._store.location(checkpoint)} holds another model than the job's: parameters or their sizes "
                 "differ; resume with the model that the run began with"
             )
@@ -124,8 +139,7 @@ class Keeper:
                 tracker.forget(old.step)
 
     def _committed(self, checkpoint: Checkpoint, removed: list[Checkpoint]) -> None:
-        metrics = {} if checkpoint.metric is None else {"heldout/loss": checkpoint.metric}
-        self._news.put(("committed", {"checkpoint": checkpoint, "removed": removed, "metrics": metrics}))
+        self._news.put(("committed", {"checkpoint": checkpoint, "removed": removed, "metrics": self._metrics}))
 
     def _failed(self, step: int, reason: str) -> None:
         if self._rank != 0:
@@ -151,6 +165,7 @@ class Keeper:
     def _newest_good(self, before: int | None) -> Checkpoint | None:
         names = self._from_first([checkpoint.name for checkpoint in self._store.checkpoints()])
         found = {checkpoint.name: checkpoint for checkpoint in self._store.checkpoints()}
+        damage = []
         for name in names:
             checkpoint = found[name]
             if before is not None and checkpoint.step >= before:
@@ -159,11 +174,17 @@ class Keeper:
             problems = [problem for some in self._from_all(own) for problem in some]
             if not problems:
                 return checkpoint
+            damage.append(problems[0])
             if self._tracker is not None:
                 message = (
                     f"the checkpoint of step {checkpoint.step} is damaged ({problems[0]}); the one before it is used"
                 )
                 self._tracker.event("damaged", message, step=checkpoint.step, problems=problems)
+        if damage and before is None:
+            raise ResumeError(
+                f"no checkpoint is left that is good: {'; '.join(damage)}; put back the files, or remove all of the "
+                "run's checkpoints to train from the beginning"
+            )
         return None
 
     def _from_first(self, value: Any) -> Any:

@@ -67,7 +67,7 @@ def fit(
         KeyboardInterrupt: passed on after the run was marked as interrupted.
     """
     with folder.claim():
-        folder.update(status="running", error=None, steps=None)
+        folder.update(status="running", error=None, steps=None, finished=None)
         folder.stop.unlink(missing_ok=True)
         status, tracked = "failed", None
         try:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nestling.checkpoint import WEIGHT, Piece, Pieces
+from nestling.checkpoint import BUCKET, WEIGHT, Piece, Pieces
 from nestling.training.engine import levels_of
 
 
@@ -82,12 +82,19 @@ def load_engine(engine: Any, pieces: Pieces, scalars: Mapping[str, Mapping[str, 
     for share in _shares(engine):
         if not share.length:
             continue
-        share.of(share.master).copy_(pieces.read(WEIGHT + share.name, share.start, share.length))
+        _read(pieces, WEIGHT + share.name, share.start, share.of(share.master))
         for kind in kinds:
             if f"{kind}/{share.name}" in pieces.sizes:
                 tensor = levels.state[share.master].setdefault(kind, torch.zeros_like(share.master))
-                share.of(tensor).copy_(pieces.read(f"{kind}/{share.name}", share.start, share.length))
+                _read(pieces, f"{kind}/{share.name}", share.start, share.of(tensor))
     _refresh_weights(engine)
+
+
+def _read(pieces: Pieces, name: str, start: int, target: Tensor) -> None:
+    """Fill `target` from element `start` on, a bucket at a time."""
+    for part in target.split(BUCKET // target.element_size()):
+        part.copy_(pieces.read(name, start, len(part)))
+        start += len(part)
 
 
 def _masters(engine: Any) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nestling.checkpoint import Store, export_weights, run_store
+from nestling.checkpoint import ResumeError, Store, export_weights, run_store
 from nestling.config import from_yaml
 from nestling.data import Corpus
 from nestling.evaluation import heldout_report
@@ -59,7 +59,10 @@ class Worker:
     def run(self) -> dict[str, Any]:
         """The figures of the summary: `status`, and what is known of the others."""
         training, steps = self.training, self.training.config.training.steps
-        self._begin()
+        try:
+            self._begin()
+        except ResumeError as reason:
+            return self._figures("failed") | {"error": str(reason)}
         first, began = training.done, time.perf_counter()
         while training.done < steps and not training.stop:
             training.step()
@@ -98,20 +101,18 @@ class Worker:
         training, settings = self.training, self.training.config.training
         step, last = training.done, training.done == settings.steps
         record = training.record() if last or step % settings.log_every == 0 else {}
-        heldout_loss = None
         if last or _due(step, settings.evaluate_every):
             began = time.perf_counter()
             evaluation = training.config.evaluation
             report = self._evaluate(evaluation.final_tokens if last else evaluation.tokens)
             record |= report.metrics()
-            heldout_loss = report.heldout_loss
             self._evaluation = report if last else None
             self._paused += time.perf_counter() - began
             training.restart_clock()
         if record and self.tracker is not None:
             self.tracker.log(record, step)
         if last or training.stop or (_due(step, settings.checkpoint_every) and not training.guard.in_a_row):
-            self.keeper.save(heldout_loss)
+            self.keeper.save(record)
         self.keeper.tell()
 
     def _evaluate(self, tokens: int) -> Report:
