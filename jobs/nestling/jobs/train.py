@@ -71,9 +71,10 @@ def _place(folder: RunFolder) -> str:
 
 def _report(summary: dict[str, Any], folder: RunFolder, config: JobConfig) -> str:
     place = _place(folder)
+    rate = summary["tokens_per_second"]  # None where there was nothing left to train
+    speed = f", {rate:,.0f} tokens/s" if rate else ""
     lines = {
-        "run": f"{folder.run_id} ({folder.name}), {summary['steps']:,} steps, {summary['tokens']:,} tokens, "
-        f"{summary['tokens_per_second']:,.0f} tokens/s",
+        "run": f"{folder.run_id} ({folder.name}), {summary['steps']:,} steps, {summary['tokens']:,} tokens{speed}",
         **report(json.loads(folder.evaluation.read_text())),
         "data": summary["data"],
         "folder": str(folder.path),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
+from nestling.checkpoint import run_store
 from nestling.config import ConfigError, JobConfig, from_yaml, to_mapping
 from nestling.tracking import RunFolder
 from nestling.tracking.parameters import flatten
@@ -48,6 +49,16 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
                 f"it; start a new run for that. A resumed run may change {', '.join(CHANGEABLE)}, but not "
                 f"{', '.join(FIXED)}"
             )
+    done = _done(config, folder)
+    if config.checkpoint.dir != before.checkpoint.dir and done is None and _done(before, folder) is not None:
+        raise ConfigError(
+            f"checkpoint.dir: there is no checkpoint of run {folder.run_id} in {config.checkpoint.dir}; "
+            f"move its folder {folder.path.name} there first"
+        )
+    if done is not None and done > config.training.steps:
+        raise ConfigError(
+            f"training.steps: got {config.training.steps}, but run {folder.run_id} has taken {done} steps; give more"
+        )
     info = folder.info()
     if info.get("status") == "finished" and config.training.steps <= int(info["steps"]):
         raise ConfigError(
@@ -55,6 +66,11 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
             f"more of them: nestling resume {folder.run_id} training.steps={2 * int(info['steps'])}"
         )
     return config
+
+
+def _done(config: JobConfig, folder: RunFolder) -> int | None:
+    """Step of the newest checkpoint."""
+    return next((checkpoint.step for checkpoint in run_store(config, folder).checkpoints()), None)
 
 
 def _changeable(key: str) -> bool:

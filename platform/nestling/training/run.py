@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import json
 import logging
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nestling.checkpoint import CheckpointError, Store, run_store
 from nestling.cluster import connected
 from nestling.config import JobConfig, to_mapping, to_yaml
 from nestling.data import Corpus, DataError, Feed, absolute, prepare
 from nestling.models import build
 from nestling.tracking import RunFolder, TrackedRun, finish, followed, start
+from nestling.tracking.client import shown
 from nestling.training.attended import attended, ending
 
 log = logging.getLogger(__name__)
@@ -69,9 +72,11 @@ def fit(
     with folder.claim():
         folder.update(status="running", error=None, steps=None, finished=None)
         folder.stop.unlink(missing_ok=True)
-        status, tracked = "failed", None
+        status, store, tracked = "failed", None, None
         try:
             _check_levels(config)
+            config = _absolute_checkpoints(config)
+            store = _reachable_store(config, folder)
             tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
             wanted = config.training.workers
             with connected(wanted, wanted if config.training.device == "cuda" else 0):
@@ -82,15 +87,17 @@ def fit(
                 corpus.tokenizer.save(folder.tokenizer)
                 with followed(folder, on_progress, on_event):
                     result = _train(config, corpus, folder, tracked)
+            result["checkpoint"] = _newest(store)
             result["data"] = corpus.line(config.data.sequence_length)
             status = result.pop("status")
             return _sum_up(folder, tracked, status, result)
         except KeyboardInterrupt:
             status = "interrupted"
+            folder.update(checkpoint=_newest(store))
             raise
         except Exception as error:
             status = "failed"
-            folder.update(error=str(error))
+            folder.update(error=str(error), checkpoint=_newest(store))
             raise
         finally:
             folder.update(status=status)
@@ -106,6 +113,39 @@ def _check_levels(config: JobConfig) -> None:
 
     with torch.device("meta"):
         parameter_groups(build(replace(config.model, vocab_size=config.model.vocab_size or 2)), config)
+
+
+def _absolute_checkpoints(config: JobConfig) -> JobConfig:
+    """`checkpoint.dir` such that it means the same in the workers, which run in folders of their own."""
+    place = config.checkpoint.dir
+    if place is None or "://" in place:
+        return config
+    return replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(place).expanduser().resolve())))
+
+
+def _reachable_store(config: JobConfig, folder: RunFolder) -> Store:
+    """Where the run's checkpoints go; CheckpointError before anything starts if that cannot be used."""
+    place = config.checkpoint.dir or str(folder.path)
+    try:
+        store = run_store(config, folder)
+        store.checkpoints()
+        if "://" not in place:
+            Path(place).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=place).close()
+    except OSError as error:
+        raise CheckpointError(
+            f"checkpoint.dir: checkpoints cannot be kept in {shown(place)}: {shown(str(error))}; "
+            "name a folder or bucket that can be written"
+        ) from error
+    return store
+
+
+def _newest(store: Store | None) -> str | None:
+    """Where the newest checkpoint is, as far as that can be found out at the end of a run."""
+    try:
+        return next((store.location(checkpoint) for checkpoint in store.checkpoints()), None) if store else None
+    except OSError:
+        return None
 
 
 def _on_device(config: JobConfig) -> JobConfig:

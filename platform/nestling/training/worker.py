@@ -91,10 +91,13 @@ class Worker:
     def _begin(self) -> None:
         """Take up the newest checkpoint; the log goes back to it."""
         step = self.keeper.restore()
+        begun = self.tracker is not None and bool(self.folder.records())
         if self.tracker is not None:
             self.tracker.rewind(self.training.done)
         if step is not None:
             self._event("resumed", f"training goes on from the checkpoint of step {step}", step=step)
+        elif begun:
+            self._event("resumed", "there is no checkpoint yet, so training begins anew", step=0)
 
     def _after_step(self) -> None:
         """Evaluate, log and save where it is due."""
@@ -148,14 +151,13 @@ class Worker:
             self.tracker.event(kind, message, **fields)
 
     def _figures(self, status: str) -> dict[str, Any]:
-        training, good = self.training, self.keeper.good
+        training = self.training
         return {
             "status": status,
             "steps": training.done,
             "tokens": training.done * training.config.training.batch_tokens,
             "train_loss": training.loss if math.isfinite(training.loss) else None,
             "skipped_steps": training.guard.skipped,
-            "checkpoint": None if good is None else self.store.location(good),
         }
 
 
