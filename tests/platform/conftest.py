@@ -1,4 +1,4 @@
-"""What the tests of the platform share: places for checkpoints, one of them on a server that speaks S3."""
+"""What the tests of the platform share: text to train on, run folders, and places for checkpoints (one speaks S3)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,34 @@ from uuid import uuid4
 
 import pytest
 from pyarrow.fs import FileSystem
+
+from nestling.tracking import RunFolder
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder of text: some of the English that comes with Python."""
+    import pydoc_data.topics
+
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A runs folder (with a space in its path) and so one MLflow database for a module: making one takes seconds."""
+    return tmp_path_factory.mktemp("all runs")
+
+
+@pytest.fixture
+def folder(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
+    """A new run that is being trained."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = RunFolder.create(runs_dir, "quick")
+    with folder.claim():
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -104,19 +104,15 @@ def probe(settings):
 
 
 @pytest.fixture(scope="module")
-def probes(ray_local, tmp_path_factory):
+def probes(ray_local, texts, tmp_path_factory):
     """Records and weights of every layout on two workers and on one, whole, resumed, and taken over from each other."""
-    import pydoc_data.topics
-
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from nestling.config import load, to_yaml
     from nestling.data import prepare
 
-    texts, runs, place = (tmp_path_factory.mktemp(name) for name in ("texts", "runs", "checkpoints"))
-    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
-        (texts / f"{name}.txt").write_text(text)
+    runs, place = (tmp_path_factory.mktemp(name) for name in ("runs", "checkpoints"))
 
     def job(*overrides):
         places = f"data.source={texts}", f"run.dir={runs}"

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -58,20 +58,6 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
             return True
         time.sleep(0.05)
     return condition()
-
-
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One runs folder (with a space in its path) and so one MLflow database for all tests: making one takes seconds."""
-    return tmp_path_factory.mktemp("all runs")
-
-
-@pytest.fixture
-def folder(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = RunFolder.create(runs_dir, "quick")
-    with folder.claim():
-        yield folder
 
 
 @pytest.fixture

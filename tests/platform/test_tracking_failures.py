@@ -46,20 +46,6 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
-@pytest.fixture(scope="module")
-def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One runs folder and so one MLflow database for all tests: making one takes seconds."""
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture
-def folder(runs_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunFolder]:
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    folder = RunFolder.create(runs_dir, "quick")
-    with folder.claim():
-        yield folder
-
-
 @pytest.fixture
 def run(folder: RunFolder) -> TrackedRun:
     return start(CONFIG, folder, None, "tests")

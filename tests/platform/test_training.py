@@ -40,17 +40,6 @@ TINY = [
 
 
 @pytest.fixture(scope="session")
-def texts(tmp_path_factory):
-    """A small folder of text: some of the English that comes with Python."""
-    import pydoc_data.topics
-
-    folder = tmp_path_factory.mktemp("texts")
-    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
-        (folder / f"{name}.txt").write_text(text)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def job(texts, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     return lambda *overrides: load(
