@@ -112,7 +112,7 @@ def probes(ray_local, job, tmp_path_factory):
         settings = {
             "corpus": str(corpus.folder),
             "jobs": {
-                name: to_yaml(_complete(job(f"training.workers={workers}", *overrides), corpus))
+                name: to_yaml(_complete(job(f"training.workers={workers}", *overrides)))
                 for name, overrides in jobs.items()
             },
         }

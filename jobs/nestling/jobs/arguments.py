@@ -44,12 +44,11 @@ def trained_run(reference: str, overrides: list[str] | None) -> RunFolder:
         return folder
     from nestling.checkpoint import trained_step  # torch takes seconds
 
-    step = trained_step(folder)
-    if step is None:
+    if trained_step(folder) is None:
         raise Stop(
             f"run {folder.run_id} ({folder.name}, {folder.status()}) has no weights: {folder.weights} is missing and "
             "there is no checkpoint; choose another run (nestling runs)",
             WRONG_USAGE,
         )
-    say(f"run {folder.run_id} ({folder.name}) is {folder.status()}: its newest checkpoint is taken, of step {step}")
+    say(f"run {folder.run_id} ({folder.name}) is {folder.status()}, so its newest good checkpoint is taken")
     return folder

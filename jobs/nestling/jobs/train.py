@@ -57,7 +57,8 @@ def run(config: JobConfig, folder: RunFolder, as_json: bool) -> dict[str, Any]:
 def _stop(folder: RunFolder, how: str, code: int) -> Stop:
     """The end of a run that did not finish; how far it came is in its log."""
     info = {"run_dir": folder.path} | folder.reached()
-    lines = [f"run {folder.run_id} {how}", f"log: {folder.ray_log}"]
+    saved = f", saved in {info['checkpoint']}" if info.get("checkpoint") else ""
+    lines = [f"run {folder.run_id} {how}{saved}", f"log: {folder.ray_log}"]
     if folder.config.exists():
         lines.append(f"go on: nestling resume {folder.run_id}{_place(folder)}")
     return Stop("\n".join(lines), code, {key: info.get(key) for key in KEYS})

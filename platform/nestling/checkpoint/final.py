@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import shutil
@@ -22,6 +23,8 @@ from nestling.data import Tokenizer
 from nestling.models import build
 from nestling.models.skeleton import LanguageModel
 from nestling.tracking import RunFolder
+
+log = logging.getLogger(__name__)
 
 #: Name of a parameter's float32 weights among the tensors of a checkpoint.
 WEIGHT = "weight/"
@@ -150,9 +153,11 @@ def newest_good(store: Store) -> OpenCheckpoint:
     Raises:
         CheckpointError: there is none; the message says what is wrong with those that there are.
     """
-    damage = []
+    damage = store.damaged()
     for checkpoint in store.checkpoints():
         if not (problems := store.problems(checkpoint)):
+            log.info("taking the checkpoint of step %d", checkpoint.step)
             return store.open(checkpoint)
+        log.warning("the checkpoint of step %d is damaged: %s", checkpoint.step, problems[0])
         damage.append(problems[0])
     raise CheckpointError(f"there is no good checkpoint: {'; '.join(damage) or 'none at all'}")

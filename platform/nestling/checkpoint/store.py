@@ -7,7 +7,6 @@ Whatever is not exactly what its manifest says is named and left out; the checkp
 from __future__ import annotations
 
 import fcntl
-import logging
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -23,8 +22,6 @@ from nestling.checkpoint.place import MANIFEST, Place
 
 SHARD = ".safetensors"
 """How the names of files with pieces end; all other files are documents."""
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -68,21 +65,28 @@ class Store:
         return Draft(self._place, step, token)
 
     def checkpoints(self) -> list[Checkpoint]:
-        """The committed checkpoints, newest (highest step) first; a damaged manifest is logged and left out.
+        """The committed checkpoints, newest (highest step) first; `damaged` names those with a damaged manifest.
 
         Raises:
             OSError: the place cannot be listed.
         """
-        found = []
+        return sorted(self._listed()[0], key=lambda checkpoint: checkpoint.step, reverse=True)
+
+    def damaged(self) -> list[str]:
+        """What is wrong with each folder of a checkpoint whose manifest cannot be read, newest first."""
+        return sorted(self._listed()[1], reverse=True)
+
+    def _listed(self) -> tuple[list[Checkpoint], list[str]]:
+        found, damaged = [], []
         for name in filter(is_folder_name, self._place.folders()):
             try:
                 found.append(self._read_manifest(name))
             except FileNotFoundError:
                 if self._place.folder:  # in a remote place it is a draft
-                    _log.warning("%s/%s is left out: its %s is missing", self._place.address, name, MANIFEST)
+                    damaged.append(f"{self._place.address}/{name}/{MANIFEST} is missing")
             except ValueError as error:
-                _log.warning("%s/%s is left out: %s: %s", self._place.address, name, MANIFEST, error)
-        return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+                damaged.append(f"{self._place.address}/{name}/{MANIFEST} is damaged: {error}")
+        return found, damaged
 
     def problems(self, checkpoint: Checkpoint, rank: int = 0, world: int = 1) -> list[str]:
         """Read every `world`-th file, beginning with number `rank`, and say what is not as it was written.

@@ -178,6 +178,13 @@ class RunFolder:
         with self.events.open("ab", buffering=0) as file:  # one write: lines of two processes do not mix
             file.write(line.encode())
 
+    def happened(self) -> list[dict[str, Any]]:
+        """The events of `events.jsonl` in their order."""
+        if not self.events.exists():
+            return []
+        lines = self.events.read_text(encoding="utf-8").splitlines(keepends=True)
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
     def records(self) -> list[dict[str, float]]:
         """The records of `log.jsonl` in the order of their steps; a last line still being written is left out."""
         if not self.log.exists():

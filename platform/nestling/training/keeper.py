@@ -19,7 +19,7 @@ from nestling.tracking import Tracker
 from nestling.training.state import engine_pieces, load_engine, optimizer_scalars, random_state, set_random_state
 
 if TYPE_CHECKING:
-    from nestling.training.worker import Training
+    from nestling.training.loop import Training
 
 FORMAT = 1
 #: Metrics that MLflow shows beside a checkpoint.
@@ -41,6 +41,10 @@ class Keeper:
         self._metrics: dict[str, float] = {}
         #: Whether the last save went well so far; None before the first.
         self._saved: bool | None = None
+        #: Why the last failed save failed, on rank 0.
+        self._problem = ""
+        #: Held-out loss of the checkpoint that was taken up.
+        self._heldout: dict[str, float] = {}
         if self._rank == 0:
             store.clear_drafts()
         #: The last checkpoint that is known to be good, on rank 0.
@@ -91,6 +95,11 @@ class Keeper:
             return None
         found = self._store.open(checkpoint)
         state = json.loads(found.documents["state.json"])
+        if state["format"] != FORMAT:
+            raise ResumeError(
+                f"{self._store.location(checkpoint)} has the format {state['format']}, this version reads {FORMAT}; "
+                "resume with the version that wrote it"
+            )
         training = self._training
         expected = {WEIGHT + name: shape.numel() for name, shape in training.shapes.items()}
         held = {name: size for name, size in found.pieces.sizes.items() if name.startswith(WEIGHT)}
@@ -107,18 +116,25 @@ class Keeper:
             training.load_moved(mine["moved"])
         self._lineage = [*state["lineage"], {"from": checkpoint.name, "layout": state["layout"]}]
         self.good = checkpoint
+        self._heldout = {} if checkpoint.metric is None else {"heldout/loss": checkpoint.metric}
         return checkpoint.step
+
+    def save_again(self) -> None:
+        """Save the checkpoint that was taken up once more, because the position in the data is another one now."""
+        self.save(self._heldout)
 
     @property
     def stages(self) -> dict[str, float]:
         """Seconds of this rank's last save by stage; complete after `close`."""
         return self._saver.stages
 
-    def close(self) -> bool:
-        """Wait for the last save; whether it succeeded, or nothing has been saved."""
+    def close(self) -> str:
+        """Wait for the last save; why it failed, empty if it succeeded or nothing was to be saved."""
         committed = self._saver.wait()
         self.tell()
-        return self._saved is None or all(self._from_all(self._saved and committed))
+        if self._saved is None or all(self._from_all(self._saved and committed)):
+            return ""
+        return self._from_first(self._problem)
 
     def tell(self) -> None:
         """Rank 0: pass on what the committing thread has reported."""
@@ -145,8 +161,8 @@ class Keeper:
         if self._rank != 0:
             return
         last = "there is none yet" if self.good is None else f"the last good one is that of step {self.good.step}"
-        message = f"the checkpoint of step {step} could not be saved: {reason}; {last}, training goes on"
-        self._news.put(("failed", {"message": message, "step": step, "reason": reason}))
+        self._problem = f"the checkpoint of step {step} could not be saved: {reason}; {last}"
+        self._news.put(("failed", {"message": self._problem, "step": step, "reason": reason}))
 
     def _documents(self) -> dict[str, str]:
         training = self._training
@@ -163,9 +179,13 @@ class Keeper:
         return documents
 
     def _newest_good(self, before: int | None) -> Checkpoint | None:
-        names = self._from_first([checkpoint.name for checkpoint in self._store.checkpoints()])
+        listed = None
+        if self._rank == 0:  # by now the last of an earlier group of workers is gone
+            listed = [checkpoint.name for checkpoint in self._store.checkpoints()], self._store.damaged()
+        names, damage = self._from_first(listed)
         found = {checkpoint.name: checkpoint for checkpoint in self._store.checkpoints()}
-        damage = []
+        for text in damage:
+            self._tell_damage(text)
         for name in names:
             checkpoint = found[name]
             if before is not None and checkpoint.step >= before:
@@ -175,17 +195,17 @@ class Keeper:
             if not problems:
                 return checkpoint
             damage.append(problems[0])
-            if self._tracker is not None:
-                message = (
-                    f"the checkpoint of step {checkpoint.step} is damaged ({problems[0]}); the one before it is used"
-                )
-                self._tracker.event("damaged", message, step=checkpoint.step, problems=problems)
+            self._tell_damage(problems[0])
         if damage and before is None:
             raise ResumeError(
                 f"no checkpoint is left that is good: {'; '.join(damage)}; put back the files, or remove all of the "
                 "run's checkpoints to train from the beginning"
             )
         return None
+
+    def _tell_damage(self, text: str) -> None:
+        if self._tracker is not None:
+            self._tracker.event("damaged", f"a checkpoint is damaged, so the one before it is used: {text}")
 
     def _from_first(self, value: Any) -> Any:
         values = [value]

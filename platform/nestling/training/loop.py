@@ -77,7 +77,7 @@ class Training:
         """One optimizer step; returns `loss`."""
         self.done += 1
         set_rate(self.engine, rate_factor(self.done, self.config.training))
-        self._pass_over_batch(self._judge)
+        self._run_batch(self._judge)
         self._ends.append(time.perf_counter())
         return self.loss
 
@@ -90,7 +90,7 @@ class Training:
             return lambda gradient: seen.append((name, float(gradient.float().norm())))
 
         hooks = [parameter.register_hook(watch(name)) for name, parameter in self.model.named_parameters()]
-        self._pass_over_batch(lambda norm: True)
+        self._run_batch(lambda norm: True)
         for hook in hooks:
             hook.remove()
         mine = next(((name, norm) for name, norm in seen if not math.isfinite(norm)), None)
@@ -159,7 +159,7 @@ class Training:
         """Leave what has been done since the last step out of the tokens per second."""
         self._ends: deque[float] = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
 
-    def _pass_over_batch(self, refuse: Callable[[float], bool]) -> None:
+    def _run_batch(self, refuse: Callable[[float], bool]) -> None:
         """Forward, backward and optimizer step on the batch of step `done`; sets its loss and gradient norm."""
         self.engine.train()
         model = self.config.model

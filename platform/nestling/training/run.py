@@ -10,14 +10,15 @@ import json
 import logging
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from nestling.checkpoint import CheckpointError, Store, run_store
 from nestling.cluster import connected
-from nestling.config import JobConfig, to_mapping, to_yaml
+from nestling.config import JobConfig, from_yaml, to_mapping, to_yaml
 from nestling.data import Corpus, DataError, Feed, absolute, prepare
+from nestling.data.preparing import open_tokenizer
 from nestling.models import build
 from nestling.tracking import RunFolder, TrackedRun, finish, followed, start
 from nestling.tracking.client import shown
@@ -47,6 +48,10 @@ class Summary:
     data: str
 
 
+#: Of them, what a run that goes on does not know yet.
+RESULTS = {field.name for field in fields(Summary)} - {"run_id", "status", "run_dir", "tracking_uri"}
+
+
 class TrainingError(RuntimeError):
     """The workers failed; the message is the first cause."""
 
@@ -70,23 +75,21 @@ def fit(
         KeyboardInterrupt: passed on after the run was marked as interrupted.
     """
     with folder.claim():
-        folder.update(status="running", error=None, steps=None, finished=None)
+        folder.update(**dict.fromkeys(RESULTS), status="running", error=None, finished=None)
         folder.stop.unlink(missing_ok=True)
         status, store, tracked = "failed", None, None
         try:
             _check_levels(config)
-            config = _absolute_checkpoints(config)
+            config = _complete(config)
             store = _reachable_store(config, folder)
             tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
             wanted = config.training.workers
             with connected(wanted, wanted if config.training.device == "cuda" else 0):
-                config = _on_device(config)
                 corpus = _corpus(config, folder)
-                config = _complete(config, corpus)
                 folder.config.write_text(to_yaml(config))
                 corpus.tokenizer.save(folder.tokenizer)
                 with followed(folder, on_progress, on_event):
-                    result = _train(config, corpus, folder, tracked)
+                    result = _train(_on_device(config), corpus, folder, tracked)
             result["checkpoint"] = _newest(store)
             result["data"] = corpus.line(config.data.sequence_length)
             status = result.pop("status")
@@ -115,20 +118,17 @@ def _check_levels(config: JobConfig) -> None:
         parameter_groups(build(replace(config.model, vocab_size=config.model.vocab_size or 2)), config)
 
 
-def _absolute_checkpoints(config: JobConfig) -> JobConfig:
-    """`checkpoint.dir` such that it means the same in the workers, which run in folders of their own."""
-    place = config.checkpoint.dir
-    if place is None or "://" in place:
-        return config
-    return replace(config, checkpoint=replace(config.checkpoint, dir=str(Path(place).expanduser().resolve())))
-
-
 def _reachable_store(config: JobConfig, folder: RunFolder) -> Store:
     """Where the run's checkpoints go; CheckpointError before anything starts if that cannot be used."""
     place = config.checkpoint.dir or str(folder.path)
     try:
         store = run_store(config, folder)
-        store.checkpoints()
+        if not store.checkpoints() and any(event["kind"] == "checkpoint" for event in folder.happened()):
+            problem = "; ".join(store.damaged()) or "there is none now"
+            raise CheckpointError(
+                f"run {folder.run_id} has saved checkpoints in {shown(place)}, but none can be used ({problem}); "
+                "put them back, or start a new run"
+            )
         if "://" not in place:
             Path(place).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=place).close()
@@ -166,27 +166,31 @@ def _on_device(config: JobConfig) -> JobConfig:
     return replace(config, training=replace(training, device="cuda" if gpus >= training.workers else "cpu"))
 
 
-def _complete(config: JobConfig, corpus: Corpus) -> JobConfig:
-    """Fill in the vocabulary and where the data is; check that there is at least one batch before workers start."""
-    length, training = config.data.sequence_length, config.training
-    Feed(corpus, length, training.batch_tokens // length, config.seed)
-    data = config.data
+def _complete(config: JobConfig) -> JobConfig:
+    """Fill in the vocabulary, and make all places mean the same in the workers, which run in folders of their own."""
+    data, checkpoint, model = config.data, config.checkpoint, config.model
     mix = data.mix and [replace(part, source=absolute(part.source)) for part in data.mix]
     data = replace(data, source=absolute(data.source), mix=mix)
-    return replace(config, data=data, model=replace(config.model, vocab_size=corpus.tokenizer.vocab_size))
+    if checkpoint.dir is not None and "://" not in checkpoint.dir:
+        checkpoint = replace(checkpoint, dir=str(Path(checkpoint.dir).expanduser().resolve()))
+    if model.vocab_size is None:
+        model = replace(model, vocab_size=open_tokenizer(data).vocab_size)
+    return replace(config, data=data, checkpoint=checkpoint, model=model)
 
 
 def _corpus(config: JobConfig, folder: RunFolder) -> Corpus:
-    """The prepared data; of a run that goes on, exactly what it began with."""
+    """The prepared data; of a run that goes on, exactly what it began with. There is at least one batch in it."""
     cache, before = Path(config.run.dir) / "cache", folder.info().get("corpus")
-    if before and (cache / before).is_dir():
+    if before and (cache / before).is_dir() and from_yaml(folder.config.read_text()).data == config.data:
         return Corpus.open(cache / before)
     corpus = prepare(config.data, cache)
     if before and corpus.folder.name != before:
         raise DataError(
-            f"data.source: {config.data.source} is no longer what run {folder.run_id} began with, so its position in "
+            f"data.source: {config.data.source} does not hold what run {folder.run_id} began with, so its position in "
             "it means nothing; put the old content back (data.source may name another place), or start a new run"
         )
+    length, training = config.data.sequence_length, config.training
+    Feed(corpus, length, training.batch_tokens // length, config.seed)
     folder.update(corpus=corpus.folder.name)
     return corpus
 

@@ -85,8 +85,10 @@ def load_engine(engine: Any, pieces: Pieces, scalars: Mapping[str, Mapping[str, 
         _read(pieces, WEIGHT + share.name, share.start, share.of(share.master))
         for kind in kinds:
             if f"{kind}/{share.name}" in pieces.sizes:
-                tensor = levels.state[share.master].setdefault(kind, torch.zeros_like(share.master))
-                _read(pieces, f"{kind}/{share.name}", share.start, share.of(tensor))
+                entry = levels.state[share.master]
+                if kind not in entry:
+                    entry[kind] = torch.zeros_like(share.master)
+                _read(pieces, f"{kind}/{share.name}", share.start, share.of(entry[kind]))
     _refresh_weights(engine)
 
 

@@ -53,6 +53,9 @@ class Worker:
         self.training, self.store, self.folder, self.tracker = training, store, folder, tracker
         self.keeper = Keeper(training, store, tracker)
         self._returns: dict[int, int] = {}
+        #: Step that training went back to, until it has saved a later one.
+        self._back: int | None = None
+        self._overdue = False
         self._evaluation: Report | None = None
         self._paused = 0.0
 
@@ -75,12 +78,10 @@ class Worker:
                     continue
             self._after_step()
         seconds = time.perf_counter() - began - self._paused
-        saved = self.keeper.close()
+        if problem := self.keeper.close():
+            return self._figures("failed") | {"error": problem}
         if training.done < steps:
             return self._figures("interrupted")
-        if not saved:
-            error = "the last checkpoint could not be saved; make room for it, then nestling resume this run"
-            return self._figures("failed") | {"error": error}
         report = self._evaluation or self._evaluate(training.config.evaluation.final_tokens)
         if self.tracker is not None:
             export_weights(self.store, training.shapes, self.folder.weights)
@@ -114,8 +115,10 @@ class Worker:
             training.restart_clock()
         if record and self.tracker is not None:
             self.tracker.log(record, step)
-        if last or training.stop or (_due(step, settings.checkpoint_every) and not training.guard.in_a_row):
+        self._overdue |= _due(step, settings.checkpoint_every)
+        if last or training.stop or (self._overdue and not training.guard.in_a_row):
             self.keeper.save(record)
+            self._overdue, self._back = False, None
         self.keeper.tell()
 
     def _evaluate(self, tokens: int) -> Report:
@@ -133,16 +136,24 @@ class Worker:
         advice = "lower training.learning_rate, model.eta_max or training.clip"
         if settings.on_divergence == "stop":
             return f"{report}; {advice}"
+        if self._back is not None and training.guard.spiking:
+            training.guard.forget()
+            self._event(
+                "accepted", f"{report}; with good weights too, so it is the data that has changed: training goes on"
+            )
+            return ""
         back = self.keeper.restore(before=step - training.guard.in_a_row + 1)
         if back is None:
             return f"{report}; there is no checkpoint to go back to: {advice}"
         self._returns[back] = self._returns.get(back, 0) + 1
         if self._returns[back] > RETURNS:
             return f"{report}; going back to step {back} has not helped {RETURNS} times: {advice}"
+        self._back, self._overdue = back, False
         training.passed_over = following - back
         if self.tracker is not None:
             self.tracker.rewind(back)
         self._event("rolled-back", f"{report}; training goes on from step {back}, past the batches since", step=back)
+        self.keeper.save_again()  # from now on, whatever happens, those batches stay passed over
         training.restart_clock()
         return ""
 
