@@ -189,6 +189,13 @@ def test_the_newest_and_the_best_are_kept(place: str, store: Store) -> None:
             store.prune(keep, keep_best)
 
 
+def test_checkpoints_of_a_history_that_was_left_are_removed(store: Store) -> None:
+    for step in (40, 60, 80):
+        save(store, step, metric=1.0 / step)
+    save(store, 50)
+    assert steps(store) == [50, 40]
+
+
 def test_a_step_saved_again_replaces_the_first(place: str, store: Store) -> None:
     save(store, 120, token="a")
     save(store, 120, token="b", offset=1.0)

@@ -209,7 +209,7 @@ class Saver:
     def _prune(self) -> list[Checkpoint]:
         """Remove old checkpoints; one that cannot be removed is no reason to call the save a failure."""
         try:
-            return self._store.prune(self._keep, self._keep_best)
+            return self._store.prune(self._keep, self._keep_best, self._step)
         except OSError as error:
             _log.warning("old checkpoints could not be removed: %s", shown(str(error)))
             return []

@@ -123,19 +123,24 @@ class Store:
         shards = [folder / file for file in checkpoint.files if file.endswith(SHARD)]
         return OpenCheckpoint(checkpoint, documents, Pieces(shards))
 
-    def prune(self, keep: int, keep_best: int) -> list[Checkpoint]:
+    def prune(self, keep: int, keep_best: int, newest: int | None = None) -> list[Checkpoint]:
         """Remove all but the newest `keep` checkpoints and the `keep_best` with the lowest metric.
+
+        Args:
+            newest: the step that training is at. Checkpoints of later steps, of a history that it has left because they
+                were damaged or led nowhere, are removed as well.
 
         Returns:
             The ones removed. One whose manifest is damaged is not touched.
         """
         if keep < 1 or keep_best < 0:
             raise ValueError(f"keep={keep} and keep_best={keep_best}: at least the newest checkpoint must be kept")
-        checkpoints = self.checkpoints()
+        everything = self.checkpoints()
+        checkpoints = [found for found in everything if newest is None or found.step <= newest]
         measured = [checkpoint for checkpoint in checkpoints if checkpoint.metric is not None]
         best = sorted(measured, key=lambda checkpoint: checkpoint.manifest["metric"])[:keep_best]  # newest of equals
         kept = {checkpoint.step for checkpoint in checkpoints[:keep] + best}
-        removed = [checkpoint for checkpoint in checkpoints if checkpoint.step not in kept]
+        removed = [checkpoint for checkpoint in everything if checkpoint.step not in kept]
         for checkpoint in removed:
             self._place.remove(checkpoint.name)
         return removed

@@ -50,6 +50,14 @@ def connected(workers: int = 0, gpus: int = 0) -> Iterator[None]:
 
 
 def _start(workers: int) -> None:
+    """Start or join Ray; SIGTERM, to which Ray's own answer is in force meanwhile, is a KeyboardInterrupt here too."""
+    try:
+        _init(workers)
+    except SystemExit as stop:
+        raise KeyboardInterrupt from stop
+
+
+def _init(workers: int) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")

@@ -82,7 +82,10 @@ def connect(uri: str) -> MlflowClient:
 
 @contextmanager
 def first_use(uri: str) -> Iterator[None]:
-    """Let one process at a time make a sqlite database and its experiments: MLflow's migrations disturb each other."""
+    """Let one process at a time make a sqlite database and its experiments: MLflow's migrations disturb each other.
+
+    A new database is made beside its place and put there whole: one whose migration was cut short cannot be opened again.
+    """
     database = re.fullmatch(r"sqlite:///(.+)", uri)
     if database is None:
         yield
@@ -91,4 +94,19 @@ def first_use(uri: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        database_file = Path(database[1])
+        if not database_file.exists():
+            draft = database_file.with_name(f".{database_file.name}.draft")
+            draft.unlink(missing_ok=True)
+            connect(f"sqlite:///{draft}").search_experiments(max_results=1)
+            draft.replace(database_file)
         yield
+
+
+def present_uri(recorded: str, runs_dir: Path) -> str:
+    """Where a run is recorded now: a runs folder that was moved as a whole has taken its database along."""
+    database = re.fullmatch(r"sqlite:///(.+)/mlflow\.db", recorded)
+    moved = runs_dir / "mlflow.db"
+    if database and moved.exists() and not Path(database[1], "mlflow.db").exists():
+        return f"sqlite:///{moved}"
+    return recorded

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nestling.tracking.client import TrackingError, connect, first_use, reason, resolve_uri, shown
+from nestling.tracking.client import TrackingError, connect, first_use, present_uri, reason, resolve_uri, shown
 from nestling.tracking.courier import (
     deliver_rest,
     forget_end,
@@ -125,7 +125,9 @@ def deliver(runs_dir: str | Path, besides: RunFolder | None = None) -> dict[str,
                 arrived[folder.run_id] = False
                 info, seconds = folder.info(), end - time.monotonic()
                 if seconds > 0:
-                    arrived[folder.run_id] = deliver_rest(folder, info["tracking_uri"], info["mlflow_run_id"], seconds)
+                    arrived[folder.run_id] = deliver_rest(
+                        folder, present_uri(info["tracking_uri"], folder.path.parent), info["mlflow_run_id"], seconds
+                    )
         except Exception:  # as in `finish`, or another user's folder; the next delivery tries again
             log.debug("MLflow does not take what run %s left", folder.run_id, exc_info=True)
     return arrived
@@ -163,6 +165,7 @@ def _begin(config: Mapping[str, Any], folder: RunFolder, uri: str | None, experi
 
 
 def _resume(config: Mapping[str, Any], folder: RunFolder, uri: str | None, known: Mapping[str, Any]) -> TrackedRun:
+    known = dict(known) | {"tracking_uri": present_uri(known["tracking_uri"], folder.path.parent)}
     uri = resolve_uri(uri, folder.path.parent) if uri else known["tracking_uri"]
     run = TrackedRun(uri, known["mlflow_run_id"], known["mlflow_experiment_id"])
     parameters = flatten(config)

@@ -10,6 +10,8 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nestling.tracking.client import shown
+
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
@@ -28,7 +30,7 @@ def flatten(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         if isinstance(value, Mapping):
             flat |= flatten(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+            flat[f"{prefix}{key}"] = shown(value) if isinstance(value, str) else json.dumps(value)
     return flat
 
 

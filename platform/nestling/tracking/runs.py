@@ -178,6 +178,12 @@ class RunFolder:
         with self.events.open("ab", buffering=0) as file:  # one write: lines of two processes do not mix
             file.write(line.encode())
 
+    def write_config(self, text: str) -> None:
+        """Write `config.yaml` as a whole."""
+        draft = self.config.with_suffix(".tmp")
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(self.config)
+
     def happened(self) -> list[dict[str, Any]]:
         """The events of `events.jsonl` in their order."""
         if not self.events.exists():

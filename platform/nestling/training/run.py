@@ -6,6 +6,7 @@ are one way: the workers take up the newest checkpoint that the run's folder has
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -16,7 +17,7 @@ from typing import Any
 
 from nestling.checkpoint import CheckpointError, Store, run_store
 from nestling.cluster import connected
-from nestling.config import JobConfig, from_yaml, to_mapping, to_yaml
+from nestling.config import JobConfig, to_mapping, to_yaml
 from nestling.data import Corpus, DataError, Feed, absolute, prepare
 from nestling.data.preparing import open_tokenizer
 from nestling.models import build
@@ -81,12 +82,14 @@ def fit(
         try:
             _check_levels(config)
             config = _complete(config)
+            if not folder.config.exists():  # from here on there is something to resume
+                folder.write_config(to_yaml(config))
             store = _reachable_store(config, folder)
             tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
             wanted = config.training.workers
             with connected(wanted, wanted if config.training.device == "cuda" else 0):
                 corpus = _corpus(config, folder)
-                folder.config.write_text(to_yaml(config))
+                folder.write_config(to_yaml(config))
                 corpus.tokenizer.save(folder.tokenizer)
                 with followed(folder, on_progress, on_event):
                     result = _train(_on_device(config), corpus, folder, tracked)
@@ -170,7 +173,8 @@ def _complete(config: JobConfig) -> JobConfig:
     """Fill in the vocabulary, and make all places mean the same in the workers, which run in folders of their own."""
     data, checkpoint, model = config.data, config.checkpoint, config.model
     mix = data.mix and [replace(part, source=absolute(part.source)) for part in data.mix]
-    data = replace(data, source=absolute(data.source), mix=mix)
+    tokenizer = data.tokenizer if data.tokenizer == "bytes" else str(Path(data.tokenizer).expanduser().resolve())
+    data = replace(data, source=absolute(data.source), mix=mix, tokenizer=tokenizer)
     if checkpoint.dir is not None and "://" not in checkpoint.dir:
         checkpoint = replace(checkpoint, dir=str(Path(checkpoint.dir).expanduser().resolve()))
     if model.vocab_size is None:
@@ -181,7 +185,7 @@ def _complete(config: JobConfig) -> JobConfig:
 def _corpus(config: JobConfig, folder: RunFolder) -> Corpus:
     """The prepared data; of a run that goes on, exactly what it began with. There is at least one batch in it."""
     cache, before = Path(config.run.dir) / "cache", folder.info().get("corpus")
-    if before and (cache / before).is_dir() and from_yaml(folder.config.read_text()).data == config.data:
+    if before and (cache / before).is_dir() and folder.info().get("data_digest") == _digest(config):
         return Corpus.open(cache / before)
     corpus = prepare(config.data, cache)
     if before and corpus.folder.name != before:
@@ -191,8 +195,13 @@ def _corpus(config: JobConfig, folder: RunFolder) -> Corpus:
         )
     length, training = config.data.sequence_length, config.training
     Feed(corpus, length, training.batch_tokens // length, config.seed)
-    folder.update(corpus=corpus.folder.name)
+    folder.update(corpus=corpus.folder.name, data_digest=_digest(config))
     return corpus
+
+
+def _digest(config: JobConfig) -> str:
+    """What tells one section `data` from another."""
+    return hashlib.sha256(repr(config.data).encode()).hexdigest()
 
 
 def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
