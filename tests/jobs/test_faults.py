@@ -193,7 +193,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(runs: Path, undisturbed: Any) -> None:
     assert fingerprint(Path(resumed["run_dir"])) == undisturbed
 
 
-def test_what_kill_and_slurm_send_saves_too(runs: Path) -> None:
+def test_sigterm_saves_too(runs: Path) -> None:
     interrupted(runs, signal.SIGTERM)
 
 

@@ -84,7 +84,7 @@ def connect(uri: str) -> MlflowClient:
 def first_use(uri: str) -> Iterator[None]:
     """Let one process at a time make a sqlite database and its experiments: MLflow's migrations disturb each other.
 
-    A new database is made beside its place and put there whole: one whose migration was cut short cannot be opened again.
+    A new database is made beside its place and put there whole: one whose migration was cut short is of no more use.
     """
     database = re.fullmatch(r"sqlite:///(.+)", uri)
     if database is None:
