@@ -438,3 +438,36 @@ def test_a_frozen_server_neither_slows_the_training_nor_holds_up_its_end(
         assert server.rows(run, key) == [(step, float(step)) for step in range(first, 1001)]
     assert models(run) == {"checkpoint-1000": {"train/loss": (1000, 1000.0)}}
     assert client(run).get_run(run.mlflow_run_id).info.status == "FAILED"
+
+
+def test_a_full_disk_holds_nothing_up_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("only root can mount a small disk")
+    try:
+        folder = RunFolder.create(disk, "quick")
+        with folder.claim():
+            run = start(CONFIG, folder, f"sqlite:///{tmp_path}/mlflow.db", "tests")
+            tracker = Tracker(folder, run.uri, run.mlflow_run_id)
+            for step in range(1, 11):
+                tracker.log({"train/loss": 1.0 / step}, step)
+            with pytest.raises(OSError, match="No space left"), (disk / "filler").open("ab", buffering=0) as filler:
+                while True:
+                    filler.write(bytes(1024))
+            for step in range(11, 200):
+                tracker.log({"train/loss": 1.0 / step, "note": float(step)}, step)
+            tracker.event("save-failed", "no room")
+            assert "No space left on device; the training goes on" in capsys.readouterr().err
+            assert len(folder.records()) < 199  # whole lines only, or this would raise
+            (disk / "filler").unlink()
+            tracker.log({"train/loss": 1.0 / 200}, 200)
+            tracker.close()
+            assert [record["step"] for record in folder.records()] == list(range(1, 201))
+            assert [event["kind"] for event in folder.happened()][-1] == "save-failed"
+            finish(run, folder, "finished")
+        assert history(run, "train/loss") == [(step, 1.0 / step) for step in range(1, 201)]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

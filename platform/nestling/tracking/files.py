@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _RETRY = 0.1  # seconds between two attempts at a lock
 
@@ -42,6 +42,21 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def append_whole(file: BinaryIO, data: bytes) -> None:
+    """Append to an unbuffered file wholly or not at all: a disk that fills up takes a part and refuses the rest.
+
+    Raises:
+        OSError: the file is as it was.
+    """
+    size, rest = os.fstat(file.fileno()).st_size, data
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        os.ftruncate(file.fileno(), size)
+        raise
 
 
 def cut_half_line(path: Path) -> None:

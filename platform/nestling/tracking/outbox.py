@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nestling.tracking.files import cut_half_line, draft_json, locked, read_json, replace_json
+from nestling.tracking.files import append_whole, cut_half_line, draft_json, locked, read_json, replace_json
 
 Entry = dict[str, Any]
 
@@ -128,8 +128,8 @@ class Outbox:
     def _append(self, entry: Entry) -> None:
         """Write an entry with its time, later than that of any before: MLflow orders the history of a metric by it."""
         self._time = max(time.time_ns() // 1_000_000, self._time + 1)
+        append_whole(self._writer, json.dumps(entry | {"time": self._time}).encode() + b"\n")
         self._note(entry)
-        self._writer.write(json.dumps(entry | {"time": self._time}).encode() + b"\n")
 
     def _note(self, entry: Entry) -> None:
         for key in entry.get("metrics", ()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import secrets
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from nestling.config import RunConfig
-from nestling.tracking.files import Locked, is_locked, locked, replace_json
+from nestling.tracking.files import Locked, append_whole, is_locked, locked, replace_json
 
 LATEST = "latest"
+_TAIL = 1 << 18  # bytes of a log's end in which the last record of everything is looked for
 
 _CLAIM_PATIENCE = 1.0  # seconds: one who only looks whether there is a claim holds it for a moment
 
@@ -176,7 +178,7 @@ class RunFolder:
         """
         line = json.dumps({"time": _now(), "kind": kind, "message": message, **fields}) + "\n"
         with self.events.open("ab", buffering=0) as file:  # one write: lines of two processes do not mix
-            file.write(line.encode())
+            append_whole(file, line.encode())
 
     def write_config(self, text: str) -> None:
         """Write `config.yaml` as a whole."""
@@ -198,11 +200,21 @@ class RunFolder:
         lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def _last_records(self) -> list[dict[str, float]]:
+        """The records at the end of the log, which may be longer than anybody wants to read."""
+        if not self.log.exists():
+            return []
+        with self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - _TAIL))
+            lines = file.read().splitlines(keepends=True)
+        return [json.loads(line) for line in lines[size > _TAIL :] if line.endswith(b"\n")]
+
     def reached(self) -> dict[str, Any]:
         """`info` with `steps`, `tokens` and `train_loss`: of a run that did not finish, those of the log's end."""
         info = self.info()
         if info.get("steps") is None:
-            last = {key: value for record in self.records() for key, value in record.items()}
+            last = {key: value for record in self._last_records() for key, value in record.items()}
             tokens = last.get("train/tokens")
             info["steps"], info["train_loss"] = last.get("step"), last.get("train/loss")
             info["tokens"] = None if tokens is None else int(tokens)

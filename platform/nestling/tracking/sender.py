@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
+from contextlib import suppress
 
 from nestling.tracking.client import reason, shown
 from nestling.tracking.courier import Courier, has_mail
@@ -86,4 +87,5 @@ class Sender:
     def _say(self, kind: str, what: str) -> None:
         message = shown(f"MLflow at {self._uri}: {what}")
         print(message, file=sys.stderr, flush=True)
-        self._folder.event(kind, message)
+        with suppress(OSError):  # a full disk; it has been said
+            self._folder.event(kind, message)

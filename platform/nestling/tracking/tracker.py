@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import sys
+from collections import deque
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from nestling.tracking.client import TrackingError
-from nestling.tracking.files import Locked, cut_half_line
+from nestling.tracking.files import Locked, append_whole, cut_half_line
 from nestling.tracking.outbox import Outbox
 from nestling.tracking.runs import RunFolder
 from nestling.tracking.sender import Sender
@@ -23,6 +25,8 @@ _LOCK_PATIENCE = 30.0  # seconds: the rank 0 of a worker group that was killed m
 
 class Tracker:
     """Records a training; used by one process, rank 0, which never waits for MLflow.
+
+    What a full disk does not take waits in memory and is written, in its order, as soon as there is room.
 
     Args:
         folder: the run's folder; an existing log is continued.
@@ -46,15 +50,21 @@ class Tracker:
         cut_half_line(folder.log)
         self._log = folder.log.open("ab", buffering=0)
         self._sender = Sender(folder, uri, mlflow_run_id, outbox)
+        self._waiting: deque[Callable[[], None]] = deque()
+        self._refused = False
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record the metrics of an optimizer step; MLflow gets those whose step is later than any it got before."""
         values = {key: float(value) for key, value in metrics.items()}
-        self._outbox.put_metrics(values, step)  # first: what a kill leaves out of the log is computed again
-        self._log.write(json.dumps({"step": step, **values}).encode() + b"\n")
+        line = json.dumps({"step": step, **values}).encode() + b"\n"
+        # The outbox first: what a kill leaves out of the log is computed again.
+        self._write(lambda: self._outbox.put_metrics(values, step), lambda: append_whole(self._log, line))
 
     def rewind(self, step: int) -> None:
         """Take the log back to the end of `step`: the later records go and will be written anew."""
+        self._write(lambda: self._rewind(step))
+
+    def _rewind(self, step: int) -> None:
         draft = self._folder.log.with_suffix(".jsonl.tmp")
         with self._folder.log.open("rb") as old, draft.open("wb") as new:
             new.writelines(line for line in old if json.loads(line)["step"] <= step)
@@ -66,7 +76,7 @@ class Tracker:
 
     def event(self, kind: str, message: str, **fields: Any) -> None:
         """Record what happened besides steps; see `RunFolder.event`."""
-        self._folder.event(kind, message, **fields)
+        self._write(lambda: self._folder.event(kind, message, **fields))
 
     def checkpoint(self, step: int, location: str, metrics: Mapping[str, float]) -> None:
         """Show a checkpoint as the logged model `checkpoint-<step>` that points at `location`, with these metrics.
@@ -76,13 +86,27 @@ class Tracker:
             location: URI of its files, none of which is copied.
             metrics: of the model at that step, under the names of the run's metrics.
         """
-        self._outbox.put_checkpoint(step, location, metrics)
+        self._write(lambda: self._outbox.put_checkpoint(step, location, metrics))
 
     def forget(self, step: int) -> None:
         """Take the logged model of a deleted checkpoint away."""
-        self._outbox.put_forgotten(step)
+        self._write(lambda: self._outbox.put_forgotten(step))
 
     def close(self) -> None:
         """Send what is left to MLflow, within seconds; what it does not take is kept on disk."""
+        self._write()
         self._log.close()
         self._sender.close(_CLOSE_PATIENCE)
+
+    def _write(self, *actions: Callable[[], None]) -> None:
+        """Do what writes to the disk after all that waits for it; each action is done wholly or not at all."""
+        self._waiting.extend(actions)
+        try:
+            while self._waiting:
+                self._waiting[0]()
+                self._waiting.popleft()
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self._refused = True
+                print(f"{self._folder.path}: {error}; the training goes on and writes its log later", file=sys.stderr)

@@ -99,16 +99,19 @@ def fit(
             return _sum_up(folder, tracked, status, result)
         except KeyboardInterrupt:
             status = "interrupted"
-            folder.update(checkpoint=_newest(store))
+            _note(folder, checkpoint=_newest(store))
             raise
         except Exception as error:
             status = "failed"
-            folder.update(error=str(error), checkpoint=_newest(store))
+            _note(folder, error=str(error), checkpoint=_newest(store))
             raise
         finally:
-            folder.update(status=status)
+            _note(folder, status=status)
             if tracked is not None:
-                finish(tracked, folder, status, _figure(folder))
+                try:
+                    finish(tracked, folder, status, _figure(folder))
+                except OSError as error:
+                    log.warning("the end of the run cannot be prepared for MLflow: %s", error)
 
 
 def _check_levels(config: JobConfig) -> None:
@@ -141,6 +144,14 @@ def _reachable_store(config: JobConfig, folder: RunFolder) -> Store:
             "name a folder or bucket that can be written"
         ) from error
     return store
+
+
+def _note(folder: RunFolder, **fields: Any) -> None:
+    """Write down how the run ended; a full disk must not hide it."""
+    try:
+        folder.update(**fields)
+    except OSError as error:
+        log.warning("run.json cannot be written: %s", error)
 
 
 def _newest(store: Store | None) -> str | None:
