@@ -183,7 +183,7 @@ def test_runs_that_cannot_be_used(verb: tuple[str, ...], tmp_path: Path) -> None
     RunFolder.create(tmp_path / "runs", "small")
     ended = nestling(name, "small", *options, "--json")
     assert ended.exit_code == 2
-    assert "has no final weights" in ended.stderr and "model.safetensors is missing" in ended.stderr
+    assert "has no weights" in ended.stderr and "model.safetensors is missing" in ended.stderr
     ended = nestling(name, "smal", *options)
     assert ended.exit_code == 2
     assert "did you mean small?" in ended.stderr
