@@ -67,8 +67,9 @@ def shown(text: str) -> str:
 
 def reason(error: BaseException) -> str:
     """Why MLflow did not do it, on one line: its own errors bring SQL and a stack of frames."""
-    lines = shown(str(error)).strip().splitlines() or [type(error).__name__]
-    return lines[0][:300].rstrip(".")
+    lines = shown(str(error)).strip().splitlines()
+    lines = [line for line in lines if "raised as a result of Query-invoked autoflush" not in line]  # before the cause
+    return (lines or [type(error).__name__])[0][:300].rstrip(".")
 
 
 def connect(uri: str) -> MlflowClient:

@@ -12,6 +12,8 @@ from pathlib import Path
 TRAIN = "train/bits_per_byte"
 HELDOUT = "heldout/bits_per_byte"
 
+_POINTS = 2000  # of a curve: more cannot be told apart in the picture
+
 _INK = "#1f2430"
 _BLUE = "#2f6fde"
 _ORANGE = "#e4572e"
@@ -65,7 +67,13 @@ def loss_figure(records: Sequence[Mapping[str, float]], path: Path, unigram: flo
 
 
 def _curve(records: Sequence[Mapping[str, float]], key: str) -> list[tuple[float, float]]:
-    return [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    """The points of a curve; of a long one means over runs of neighbours."""
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    size = -(-len(points) // _POINTS)
+    if size <= 1:
+        return points
+    runs = (points[begin : begin + size] for begin in range(0, len(points), size))
+    return [(sum(step for step, _ in run) / len(run), sum(value for _, value in run) / len(run)) for run in runs]
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:

@@ -92,7 +92,7 @@ class Worker:
     def _begin(self) -> None:
         """Take up the newest checkpoint; the log goes back to it."""
         step = self.keeper.restore()
-        begun = self.tracker is not None and bool(self.folder.records())
+        begun = self.folder.log.exists() and self.folder.log.stat().st_size > 0
         if self.tracker is not None:
             self.tracker.rewind(self.training.done)
         if step is not None:
