@@ -97,7 +97,10 @@ def test_a_stretch_that_is_not_there_is_refused(
     ("piece", "reason"),
     [
         (Piece("a", 0, torch.zeros(2, 2)), r"a piece is a flat tensor, this one is \(2, 2\)"),
-        (Piece("a", 0, torch.zeros(2, dtype=torch.complex64)), "is torch.complex64, which a file of tensors cannot hold"),
+        (
+            Piece("a", 0, torch.zeros(2, dtype=torch.complex64)),
+            "is torch.complex64, which a file of tensors cannot hold",
+        ),
         (Piece("b", 1, torch.zeros(2)), "b: two pieces start at element 1"),
     ],
 )
