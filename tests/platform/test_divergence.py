@@ -99,9 +99,10 @@ def probe(settings):
             batches.append(number)
             return take(number)
 
-        def poisoned(*arguments, batches=batches, bad=bad, spike=label == "other data", **options):
+        def poisoned(*arguments, batches=batches, bad=bad, label=label, **options):
             loss = real(*arguments, **options)
-            return loss * (5.0 if spike else math.nan) if batches[-1] in bad and rank == 1 else loss
+            worse = 5.0 if label.startswith("other data") else math.nan
+            return loss * worse if batches[-1] in bad and rank == 1 else loss
 
         def watched(step=step, training=training, hashes=hashes):
             loss = step()
@@ -142,6 +143,7 @@ def runs(ray_local, texts, tmp_path_factory):
         "hopeless": (["training.zero_stage=1"], range(10, 99)),
         "too early": (["training.zero_stage=0"], range(2, 99)),
         "other data": (["training.zero_stage=1"], range(10, 99)),
+        "other data at the end": (["training.zero_stage=1", "training.max_skipped=4"], range(20, 99)),
         "due": (["training.zero_stage=1"], [7]),
     }
     folders = {label: RunFolder.create(place, label.replace(" ", "-")) for label in wanted}
@@ -215,6 +217,14 @@ def test_losses_that_stay_high_after_going_back_are_the_data(runs):
     assert found["result"]["status"] == "finished" and found["result"]["skipped_steps"] == 6
     kinds = [json.loads(line)["kind"] for line in folders["other data"].events.read_text().splitlines()]
     assert [kind for kind in kinds if kind in ("rolled-back", "accepted")] == ["rolled-back", "accepted"]
+
+
+def test_the_last_step_is_saved_also_where_it_is_the_one_that_makes_up_its_mind(runs):
+    results, folders = runs
+    result = results["other data at the end"]["result"]
+    assert (result["status"], result["steps"]) == ("finished", STEPS)
+    saved = [event["step"] for event in folders["other data at the end"].happened() if event["kind"] == "checkpoint"]
+    assert saved[-1] == STEPS
 
 
 def test_a_checkpoint_that_is_due_at_a_bad_step_is_saved_after_it(runs):

@@ -69,13 +69,15 @@ class Worker:
         first, began = training.done, time.perf_counter()
         while training.done < steps and not training.stop:
             training.step()
+            step = training.done
             if training.refused:
-                self._event("skipped", f"step {training.done} moved nothing: {training.refused}")
+                self._event("skipped", f"step {step} moved nothing: {training.refused}")
                 if training.guard.in_a_row >= training.config.training.max_skipped:
                     if error := self._go_back():
                         self.keeper.close()
                         return self._figures("failed") | {"error": error}
-                    continue
+                    if training.done < step:  # it has gone back
+                        continue
             self._after_step()
         seconds = time.perf_counter() - began - self._paused
         if problem := self.keeper.close():
