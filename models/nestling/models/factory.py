@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -14,19 +14,21 @@ from nestling.models.hope import hope
 from nestling.models.skeleton import LanguageModel
 from nestling.models.transformer import transformer
 
+#: What makes a model of each configuration class.
+BUILDERS: dict[type[SkeletonConfig], Callable[[Any], LanguageModel]] = {
+    HopeConfig: hope,
+    TransformerConfig: transformer,
+}
+
 
 def make(config: SkeletonConfig | Mapping[str, Any]) -> LanguageModel:
     if not isinstance(config, SkeletonConfig):
         config = _from_mapping(config)
     if config.vocab_size is None:
         raise ValueError("model.vocab_size: got None, needs the number of tokens to build a model")
-    if isinstance(config, HopeConfig):
-        model = hope(config)
-    elif isinstance(config, TransformerConfig):
-        model = transformer(config)
-    else:
+    if type(config) not in BUILDERS:
         raise ValueError(f"config: got a {type(config).__name__}, needs one of {', '.join(MODEL_CONFIGS)}")
-    return model.to(getattr(torch, config.dtype))
+    return BUILDERS[type(config)](config).to(getattr(torch, config.dtype))
 
 
 def _from_mapping(mapping: Mapping[str, Any]) -> SkeletonConfig:

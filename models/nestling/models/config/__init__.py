@@ -1,0 +1,14 @@
+"""Configurations of the models, one dataclass a model, documented field by field.
+
+A configuration is checked when it is made: what is wrong, what is needed and how to fix it stand in the message.
+`vocab_size` is usually left to the tokenizer, `level_widths` to the job's list of levels.
+"""
+
+from nestling.models.config.attention import TransformerConfig
+from nestling.models.config.hope import HopeConfig
+from nestling.models.config.skeleton import SkeletonConfig
+
+__all__ = ["MODEL_CONFIGS", "HopeConfig", "SkeletonConfig", "TransformerConfig"]
+
+#: The configuration class of each model, by its name.
+MODEL_CONFIGS: dict[str, type[SkeletonConfig]] = {"hope": HopeConfig, "transformer": TransformerConfig}

@@ -1,0 +1,75 @@
+"""Configuration of HOPE."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from nestling.models.config.skeleton import SkeletonConfig, check_choice, require
+
+
+@dataclass
+class HopeConfig(SkeletonConfig):
+    """HOPE: short convolution, self-modifying Titans, Continuum Memory System (arXiv:2512.24695, Eq. 94-97)."""
+
+    name: str = "hope"
+    #: Hidden width N of each memory; None takes the width of a head.
+    memory_width: int | None = None
+    #: Norm of a memory's output for a unit input at initialisation, the skip connection aside.
+    memory_gain: float = 1.0
+    #: Taps of the causal depthwise convolution before the memories.
+    conv_width: int = 4
+    #: Tokens per update of the main memory's frozen snapshot.
+    chunk_size: int = 64
+    #: The same for the key, value, eta and alpha memories; None: as `chunk_size`.
+    projection_chunk_size: int | None = None
+    #: Chunk sizes of which one is drawn at each training step (both memories); empty: always `chunk_size`.
+    redraw_chunk_sizes: list[int] = field(default_factory=list)
+    #: Largest step size of the inner update; 2 permits negative eigenvalues.
+    eta_max: float = 1.0
+    #: Added to the eta memory's output before the sigmoid.
+    eta_bias: float = -4.0
+    #: Added to the alpha memory's output before the sigmoid; None spreads it over the heads by `horizons`.
+    alpha_bias: float | None = None
+    #: Shortest and longest retention horizon 1 / (1 - alpha) in tokens, spread over the heads; for alpha_bias=None.
+    horizons: list[float] = field(default_factory=lambda: [16.0, 2048.0])
+    #: Inner objective: "l2" (Eq. 93) or "dot" (Eq. 92).
+    objective: str = "l2"
+    #: Which layers of a memory erase along their key: all, first (w2), last (w1) or none.
+    erase: str = "last"
+    #: "proximal" (exact Delta Gradient Descent) or "direct".
+    step_size: str = "proximal"
+    #: Memory state a token reads: before its own update, after it, or at the last chunk boundary.
+    read: str = "before"
+    #: What the retention gate decays towards: the "initial" weights or "zero".
+    decay_to: str = "initial"
+    #: Which layers are written: all or last (w1 only).
+    write: str = "last"
+    #: Hidden widths of the Continuum Memory System's levels, fastest first; filled from the job's `levels`.
+    level_widths: list[int] = field(default_factory=lambda: [192, 192])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("chunk_size", "conv_width"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.{name}: got {value}, needs at least 1")
+        for name in ("projection_chunk_size", "memory_width"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"model.{name}: got {value}, needs at least 1 (or null)")
+        for name in ("redraw_chunk_sizes", "level_widths"):
+            values = getattr(self, name)
+            require(
+                all(value >= 1 for value in values), f"model.{name}: got {list(values)}, every entry needs at least 1"
+            )
+        require(self.memory_gain > 0, f"model.memory_gain: got {self.memory_gain}, needs more than 0")
+        require(0 < self.eta_max <= 2, f"model.eta_max: got {self.eta_max}, needs a value in (0, 2]")
+        low_high = list(self.horizons)
+        require(
+            len(low_high) == 2 and 1 < low_high[0] <= low_high[1],
+            f"model.horizons: got {low_high}, needs [shortest, longest] in tokens with 1 < shortest <= longest",
+        )
+        check_choice("model.objective", self.objective, ("l2", "dot"))
+        check_choice("model.erase", self.erase, ("all", "first", "last", "none"))
+        check_choice("model.step_size", self.step_size, ("proximal", "direct"))
+        check_choice("model.read", self.read, ("before", "after", "boundary"))
+        check_choice("model.decay_to", self.decay_to, ("initial", "zero"))
+        check_choice("model.write", self.write, ("all", "last"))
