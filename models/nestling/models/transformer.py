@@ -14,8 +14,7 @@ from nestling.models.skeleton import LanguageModel, Mixer, linear
 
 def transformer(config: TransformerConfig) -> LanguageModel:
     depth = 2 * config.layers
-    hidden = config.mlp_width or -(-8 * config.width // 24) * 8
-    return LanguageModel(config, lambda: (Attention(config, depth), [SwiGLU(config.width, hidden, depth)]))
+    return LanguageModel(config, lambda: (Attention(config, depth), [SwiGLU(config.width, config.mlp_hidden, depth)]))
 
 
 class Cache(NamedTuple):

@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nestling.models.config.skeleton import SkeletonConfig, require
+from nestling.models.config.skeleton import SwiGLUConfig, require
 
 
 @dataclass
-class TransformerConfig(SkeletonConfig):
+class TransformerConfig(SwiGLUConfig):
     """Transformer baseline: RMSNorm, rotary positions, softmax attention, SwiGLU."""
 
     name: str = "transformer"
-    #: Hidden width of the SwiGLU; None: 8/3 of the width, rounded up to a multiple of 8.
-    mlp_width: int | None = None
     #: Base of the rotary frequencies.
     rope_base: float = 10000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(
-            self.mlp_width is None or self.mlp_width >= 1,
-            f"model.mlp_width: got {self.mlp_width}, needs at least 1 (or null)",
-        )
         require(self.rope_base > 1, f"model.rope_base: got {self.rope_base}, needs more than 1")
         require(
             self.head_width % 2 == 0,

@@ -50,3 +50,22 @@ class SkeletonConfig:
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+
+@dataclass
+class SwiGLUConfig(SkeletonConfig):
+    """A model whose blocks are a mixer and a SwiGLU."""
+
+    #: Hidden width of the SwiGLU; None: 8/3 of the width, rounded up to a multiple of 8.
+    mlp_width: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.mlp_width is None or self.mlp_width >= 1,
+            f"model.mlp_width: got {self.mlp_width}, needs at least 1 (or null)",
+        )
+
+    @property
+    def mlp_hidden(self) -> int:
+        return self.mlp_width or -(-8 * self.width // 24) * 8
