@@ -5,12 +5,12 @@ import torch
 import torch.nn.functional as F
 
 from nestling.memory import MEMORIES, MemoryState
-from nestling.models import HopeConfig, build
+from nestling.models import MODEL_CONFIGS, HopeConfig, build
 from nestling.models.hope import mixers, retention_biases, set_chunk_size
 from nestling.models.sampling import generate
 
 TINY = {"vocab_size": 61, "width": 32, "layers": 2, "heads": 2}
-NAMES = ("hope", "transformer")
+NAMES = tuple(MODEL_CONFIGS)
 
 
 def tiny(name, **changes):

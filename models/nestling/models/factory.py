@@ -9,8 +9,21 @@ from typing import Any
 
 import torch
 
-from nestling.models.config import MODEL_CONFIGS, HopeConfig, SkeletonConfig, TransformerConfig
+from nestling.models.config import (
+    MODEL_CONFIGS,
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    HopeConfig,
+    LinearAttentionConfig,
+    LstmConfig,
+    Mamba2Config,
+    SkeletonConfig,
+    TransformerConfig,
+)
+from nestling.models.delta_net import delta_net, gated_delta_net, linear_attention
 from nestling.models.hope import hope
+from nestling.models.lstm import lstm
+from nestling.models.mamba2 import mamba2
 from nestling.models.skeleton import LanguageModel
 from nestling.models.transformer import transformer
 
@@ -18,6 +31,11 @@ from nestling.models.transformer import transformer
 BUILDERS: dict[type[SkeletonConfig], Callable[[Any], LanguageModel]] = {
     HopeConfig: hope,
     TransformerConfig: transformer,
+    DeltaNetConfig: delta_net,
+    GatedDeltaNetConfig: gated_delta_net,
+    LinearAttentionConfig: linear_attention,
+    Mamba2Config: mamba2,
+    LstmConfig: lstm,
 }
 
 

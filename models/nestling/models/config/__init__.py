@@ -6,9 +6,34 @@ A configuration is checked when it is made: what is wrong, what is needed and ho
 
 from nestling.models.config.attention import TransformerConfig
 from nestling.models.config.hope import HopeConfig
+from nestling.models.config.recurrent import (
+    DeltaNetConfig,
+    GatedDeltaNetConfig,
+    LinearAttentionConfig,
+    LstmConfig,
+    Mamba2Config,
+)
 from nestling.models.config.skeleton import SkeletonConfig
 
-__all__ = ["MODEL_CONFIGS", "HopeConfig", "SkeletonConfig", "TransformerConfig"]
+__all__ = [
+    "MODEL_CONFIGS",
+    "DeltaNetConfig",
+    "GatedDeltaNetConfig",
+    "HopeConfig",
+    "LinearAttentionConfig",
+    "LstmConfig",
+    "Mamba2Config",
+    "SkeletonConfig",
+    "TransformerConfig",
+]
 
 #: The configuration class of each model, by its name.
-MODEL_CONFIGS: dict[str, type[SkeletonConfig]] = {"hope": HopeConfig, "transformer": TransformerConfig}
+MODEL_CONFIGS: dict[str, type[SkeletonConfig]] = {
+    "hope": HopeConfig,
+    "transformer": TransformerConfig,
+    "delta_net": DeltaNetConfig,
+    "gated_delta_net": GatedDeltaNetConfig,
+    "linear_attention": LinearAttentionConfig,
+    "mamba2": Mamba2Config,
+    "lstm": LstmConfig,
+}
