@@ -6,14 +6,18 @@ import torch.nn.functional as F
 
 from nestling.models import build
 from nestling.models.config import (
+    MODEL_CONFIGS,
     DeltaNetConfig,
     GatedDeltaNetConfig,
+    HopeConfig,
     LstmConfig,
     Mamba2Config,
+    TransformerConfig,
 )
 from nestling.models.delta_net import DeltaNet, GatedDeltaNet
 from nestling.models.fast_weights import Decay, fast_weight_scan
 from nestling.models.mamba2 import Mamba2
+from nestling.models.parameters import match_parameters, parameter_count
 
 RECURRENT = ("delta_net", "gated_delta_net", "linear_attention", "mamba2", "lstm")
 
@@ -149,6 +153,41 @@ def test_the_forget_gate_of_an_lstm_starts_open():
     cells = build(LstmConfig(vocab_size=11, width=8, layers=1, heads=1)).blocks[0].mixer.cells
     torch.testing.assert_close((cells.bias_ih_l0 + cells.bias_hh_l0).view(4, 8)[1], torch.ones(8))
     torch.testing.assert_close(cells.weight_hh_l0[:8] @ cells.weight_hh_l0[:8].mT, torch.eye(8))
+
+
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
+@pytest.mark.parametrize("tie_head", [False, True])
+def test_a_count_is_that_of_the_model(name, tie_head):
+    config = MODEL_CONFIGS[name](vocab_size=31, width=16, layers=2, heads=2, tie_head=tie_head)
+    assert parameter_count(config) == sum(p.numel() for p in build(config).parameters())
+
+
+@pytest.mark.parametrize("name", MODEL_CONFIGS)
+def test_models_are_made_equal(name):
+    target = HopeConfig(vocab_size=257)
+    config = MODEL_CONFIGS[name](vocab_size=257, width=64, layers=3, heads=4)
+    matched = match_parameters(config, target)
+    wanted = parameter_count(target)
+    assert abs(sum(p.numel() for p in build(matched).parameters()) - wanted) <= 0.005 * wanted
+    assert (matched.layers, matched.heads, config.width) == (3, 4, 64)
+    assert match_parameters(config, wanted) == matched
+    assert match_parameters(matched, matched) == matched
+
+
+def test_widths_keep_their_proportions():
+    matched = match_parameters(TransformerConfig(vocab_size=257, width=64, mlp_width=256), 5_000_000)
+    assert 3.8 < matched.mlp_width / matched.width < 4.2
+    matched = match_parameters(HopeConfig(vocab_size=257, level_widths=[100, 300]), 5_000_000)
+    assert 2.9 < matched.level_widths[1] / matched.level_widths[0] < 3.1 and matched.width > 300
+
+
+def test_what_cannot_be_equal_is_refused():
+    with pytest.raises(ValueError, match=r"hope with 2 layers.*needs 500,000 within 0\.00%"):
+        match_parameters(HopeConfig(vocab_size=257, level_widths=[]), 500_000, tolerance=1e-6)
+    with pytest.raises(ValueError, match="comes to .* parameters at width 8, needs 1,000"):
+        match_parameters(TransformerConfig(vocab_size=257), 1000)
+    with pytest.raises(ValueError, match=r"model\.vocab_size"):
+        parameter_count(LstmConfig())
 
 
 @pytest.mark.parametrize(
