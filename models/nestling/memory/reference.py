@@ -121,3 +121,21 @@ def self_modifying_scan(
             if position % rule.chunk_of(name) == 0:
                 frozen[name] = current[name]
     return torch.cat(outputs, dim=2), MemoryState(current, frozen, state.base, position)
+
+
+def momentum_step(
+    weights: Tensor,
+    momentum: Tensor,
+    z: Tensor,
+    delta: Tensor,
+    alpha: Tensor,
+    eta: Tensor,
+    mu: Tensor,
+    base: Tensor | float,
+    erase: bool,
+) -> tuple[Tensor, Tensor]:
+    """`delta_step` with the gradient's momentum S in its place (Eq. 33-34): alpha, eta, mu (B, H); W_t and S_t."""
+    alpha, eta, mu = (gate[..., None, None] for gate in (alpha, eta, mu))
+    momentum = mu * momentum + delta.unsqueeze(-1) * z.unsqueeze(-2)
+    erased = mv(weights, z).unsqueeze(-1) * z.unsqueeze(-2) if erase else 0.0
+    return base + alpha * (weights - base) - eta * erased - eta * momentum, momentum
