@@ -68,11 +68,11 @@ def unstack(w1: Tensor, w2: Tensor, like: Weights) -> dict[str, Layers]:
     return {name: (first[..., : like[name][0].shape[-2], :], second) for name, first, second in parts}
 
 
-def blocks(position: int, tokens: int, rule: Rule) -> Iterator[tuple[int, int]]:
-    """(start, end) of blocks that cross no chunk boundary of either size and are at most TILE long."""
+def blocks(position: int, tokens: int, sizes: set[int]) -> Iterator[tuple[int, int]]:
+    """(start, end) of blocks that cross no boundary of any of these chunk sizes and are at most TILE long."""
     start = 0
     while start < tokens:
-        left = min(size - (position + start) % size for size in (rule.chunk_size, rule.projection_chunk_size))
+        left = min(size - (position + start) % size for size in sizes)
         end = min(start + min(left, TILE), tokens)
         yield start, end
         start = end
@@ -90,7 +90,7 @@ def self_modifying_scan(
 ) -> tuple[Tensor, MemoryState]:
     if x.shape[2] == 0:
         return x.new_empty(x.shape), state
-    spans = list(blocks(state.position, x.shape[2], rule))
+    spans = list(blocks(state.position, x.shape[2], {rule.chunk_size, rule.projection_chunk_size}))
     ends = [state.position + end for _, end in spans]
 
     def body(block: int, carry: tuple, inputs: tuple, constants: tuple) -> tuple[Tensor, tuple[Tensor, ...]]:

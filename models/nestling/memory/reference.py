@@ -6,12 +6,18 @@ Tensors of one token have shape (B, H, ...); `.mv` below applies a (B, H, m, n) 
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.rule import Rule, l2norm
 from nestling.memory.state import MEMORIES, SCALAR_MEMORIES, Layers, MemoryState
+
+if TYPE_CHECKING:
+    from nestling.memory.titans import TitansState
 
 
 def mv(weights: Tensor, vector: Tensor) -> Tensor:
@@ -139,3 +145,42 @@ def momentum_step(
     momentum = mu * momentum + delta.unsqueeze(-1) * z.unsqueeze(-2)
     erased = mv(weights, z).unsqueeze(-1) * z.unsqueeze(-2) if erase else 0.0
     return base + alpha * (weights - base) - eta * erased - eta * momentum, momentum
+
+
+def titans_scan(
+    keys: Tensor,
+    values: Tensor,
+    queries: Tensor,
+    log_alpha: Tensor,
+    theta: Tensor,
+    log_mu: Tensor,
+    state: TitansState,
+    chunk_size: int,
+    read: str,
+    decay_to: str,
+) -> tuple[Tensor, TitansState]:
+    """Gradient descent with momentum and weight decay on 1/2 |M(k) - v|^2 (arXiv:2501.00663, Eq. 8-15)."""
+    current, momentum, frozen, position = state.weights, state.momentum, state.snapshot, state.position
+    bases = state.base if decay_to == "initial" else (0.0, 0.0)
+    alpha, mu = log_alpha.exp(), log_mu.exp()
+    outputs = [values.new_empty(*values.shape[:2], 0, values.shape[-1])]
+    for t in range(keys.shape[2]):
+        k, w1, w2 = keys[:, :, t], *frozen
+        pre = mv(w2, k)
+        h, sigmoid = F.silu(pre), torch.sigmoid(pre)
+        delta1 = read_memory("memory", frozen, k) - values[:, :, t]
+        delta2 = mv(w1.mT, delta1) * sigmoid * (1 + pre * (1 - sigmoid))
+
+        before, rate = current, theta[:, :, t, None]
+        gates = alpha[:, :, t], torch.ones_like(alpha[:, :, t]), mu[:, :, t]
+        new1, s1 = momentum_step(before[0], momentum[0], h, rate * delta1, *gates, bases[0], erase=False)
+        new2, s2 = momentum_step(before[1], momentum[1], k, rate * delta2, *gates, bases[1], erase=False)
+        current, momentum = (new1, new2), (s1, s2)
+        source = {"before": before, "after": current, "boundary": frozen}[read]
+        outputs.append(read_memory("memory", source, queries[:, :, t]).unsqueeze(2))
+
+        position += 1
+        if position % chunk_size == 0:
+            frozen = current
+    after = replace(state, weights=current, momentum=momentum, snapshot=frozen, position=position)
+    return torch.cat(outputs, dim=2), after
