@@ -42,8 +42,8 @@ def fast_weight_scan(
     queries, keys, values = (tensor.to(initial.dtype) for tensor in (queries, keys, values))
     if erase:
         log_alpha = log_alpha.clamp(min=SHUT)
-        alpha = log_alpha.exp()
-        values, beta = values / alpha.unsqueeze(-1), alpha * beta
+        # Not values / alpha, whose derivative holds 1 / alpha^2 and overflows.
+        values, beta = values * (-log_alpha).exp().unsqueeze(-1), log_alpha.exp() * beta
     return delta_scan(keys, -values, log_alpha, beta, queries, initial, erase=erase, read="after")
 
 
