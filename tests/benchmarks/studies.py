@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -25,7 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 from nestling.config import load
-from nestling.models import build
+from nestling.models.config import SkeletonConfig
+from nestling.models.parameters import match_parameters, parameter_count
 
 JOB = "jobs/quickstart.yaml"
 SEEDS = (0, 1, 2)
@@ -45,18 +47,16 @@ MEMORY_ARMS = {
 }
 
 
-def parameters(overrides: list[str]) -> int:
-    config = load(JOB, [*overrides, "model.vocab_size=257"])
-    return sum(parameter.numel() for parameter in build(config.model).parameters())
+def model_config(overrides: Sequence[str]) -> SkeletonConfig:
+    return load(JOB, [*overrides, "model.vocab_size=257"]).model
 
 
 @cache
 def transformer() -> tuple[str, ...]:
     """Overrides that make the Transformer with as many parameters as the quickstart's HOPE."""
-    wanted = parameters([])
-    sizes = {width: parameters(["model.name=transformer", f"model.mlp_width={width}"]) for width in (8, 16)}
-    width = round((wanted - sizes[8]) / ((sizes[16] - sizes[8]) / 8)) + 8
-    return "model.name=transformer", f"model.mlp_width={width}"
+    name = "model.name=transformer"
+    matched = match_parameters(model_config([name]), model_config([]))
+    return name, *(f"model.{field}={getattr(matched, field) or 'null'}" for field in ("width", "mlp_width"))
 
 
 def train(name: str, overrides: list[str], seed: int, runs: Path) -> dict:
@@ -72,7 +72,7 @@ def train(name: str, overrides: list[str], seed: int, runs: Path) -> dict:
     return {
         "arm": name,
         "seed": seed,
-        "parameters": parameters(overrides),
+        "parameters": parameter_count(model_config(overrides)),
         "trained_tokens": summary["tokens"],
         **summary,
         **evaluation,
