@@ -15,7 +15,7 @@ from nestling.models.config import SkeletonConfig
 from nestling.models.factory import make
 
 Config = TypeVar("Config", bound=SkeletonConfig)
-#: The field of a model that closes the gap which the width leaves; a model has one of them.
+#: The fields that close the gap which the width leaves; a model has one of them, or uses one.
 INNER_WIDTHS = ("mlp_width", "level_widths", "inner_width", "hidden_width")
 
 
@@ -44,7 +44,7 @@ def match_parameters(config: Config, target: int | SkeletonConfig, *, tolerance:
     unit = 2 * config.heads
     wide = _scaled(config, unit * _nearest(lambda units: parameter_count(_scaled(config, unit * units)), wanted))
     best, gap = wide, abs(parameter_count(wide) - wanted)
-    field = next((name for name in INNER_WIDTHS if getattr(config, name, []) != []), None)
+    field = _inner_width(config)
     for multiple in (8, 1):
         if field is None or gap <= tolerance * wanted:
             break
@@ -68,6 +68,13 @@ def _filled(config: Config, field: str, multiple: int, wanted: int) -> Config:
         return replace(config, **changes)
 
     return with_steps(_nearest(lambda steps: parameter_count(with_steps(steps)), wanted))
+
+
+def _inner_width(config: SkeletonConfig) -> str | None:
+    """The field that is set, else the one whose default follows the width; levels that are left out stay out."""
+    given = [name for name in INNER_WIDTHS if getattr(config, name, None)]
+    following = [name for name in INNER_WIDTHS if hasattr(config, name) and not hasattr(config, "level_widths")]
+    return next(iter(given + following), None)
 
 
 def _scaled(config: Config, width: int) -> Config:
