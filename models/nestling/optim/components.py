@@ -1,40 +1,108 @@
-"""Update rules that a level can move by: each maps a gradient to the change of its parameter.
-
-A component keeps its own entries in `state` (one dict a parameter) and reads its settings from the parameter group. It
-works elementwise, so it gives the same result on a parameter and on any shard of it.
-"""
+"""Update rules that a level can move by, under their names, each with its settings and what they have to be."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-State = dict[str, Any]
-Component = Callable[[Tensor, Tensor, State, dict[str, Any]], Tensor]
+from nestling.optim.delta import bind, delta_momentum
+from nestling.optim.matrices import Whole
+from nestling.optim.orthogonal import MODES, m3, muon
+from nestling.optim.rules import State, adamw, deep_momentum, descent, sgd
+
+Rule = Callable[[Tensor, Tensor, State, dict[str, Any], Whole], Tensor]
 
 
-def adamw(parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-    """AdamW (Loshchilov & Hutter 2019); `state["updates"]` counts from 1 and corrects the bias of both averages."""
-    if "exp_avg" not in state:
-        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-    beta1, beta2 = group["betas"]
-    state["exp_avg"].lerp_(gradient, 1 - beta1)
-    state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    mean = state["exp_avg"] / (1 - beta1 ** state["updates"])
-    root = (state["exp_avg_sq"] / (1 - beta2 ** state["updates"])).sqrt_().add_(group["eps"])
-    return mean.div_(root).add_(parameter, alpha=group["weight_decay"]).mul_(-group["lr"])
+def _nothing(group: dict[str, Any]) -> None:
+    """Most rules need no preparation."""
 
 
-def sgd(parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any]) -> Tensor:
-    """Gradient descent with momentum `group["momentum"]` and decoupled weight decay."""
-    if group["momentum"]:
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(parameter)
-        gradient = state["momentum"].mul_(group["momentum"]).add_(gradient)
-    return gradient.add(parameter, alpha=group["weight_decay"]).mul_(-group["lr"])
+@dataclass(frozen=True)
+class Component:
+    """A rule, its settings' defaults, and what it is for."""
+
+    rule: Rule
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    #: The rule is for matrices; vectors and what has `matrix=False` move by AdamW.
+    matrices_only: bool = False
+    #: Called with every new group of the rule.
+    prepare: Callable[[dict[str, Any]], None] = _nothing
 
 
-COMPONENTS: dict[str, Component] = {"adamw": adamw, "sgd": sgd}
+COMPONENTS: dict[str, Component] = {
+    "adamw": Component(adamw, {"betas": (0.9, 0.999), "eps": 1e-8}),
+    "sgd": Component(sgd, {"momentum": 0.0}),
+    "m3": Component(
+        m3,
+        {
+            "betas": (0.95, 0.99, 0.9),
+            "slow_weight": 0.5,
+            "slow_period": 10,
+            "ns_steps": 5,
+            "eps": 1e-8,
+            "mode": "ema",
+        },
+        matrices_only=True,
+    ),
+    "muon": Component(
+        muon,
+        {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "betas": (0.9, 0.95), "eps": 1e-8},
+        matrices_only=True,
+    ),
+    "delta_momentum": Component(delta_momentum, {"momentum": 0.9}),
+    "deep_momentum": Component(deep_momentum, {"betas": (0.9, 0.999), "hidden": 2, "eps": 1e-8}),
+    "delta_gradient_descent": Component(descent, prepare=bind),
+}
+
+#: Every setting of some rule; None stands for "the rule's own default".
+SETTINGS = sorted({name for component in COMPONENTS.values() for name in component.settings})
+
+
+def rule_of(group: dict[str, Any], matrix: bool) -> Rule:
+    """The rule that moves a parameter of a group."""
+    component = COMPONENTS[group["optimizer"]]
+    return component.rule if matrix or not component.matrices_only else adamw
+
+
+def check_settings(group: dict[str, Any], level: str) -> None:
+    """Raises ValueError, naming the `level`, for a setting that the group's rule cannot work with."""
+    for name in ("lr", "weight_decay", *COMPONENTS[group["optimizer"]].settings):
+        needs, holds = _CHECKS[name]
+        if name == "betas":
+            length = len(COMPONENTS[group["optimizer"]].settings["betas"])
+            needs = f"{'two' if length == 2 else 'three'} {needs}"
+            right = isinstance(group[name], tuple | list) and len(group[name]) == length and holds(group[name])
+        else:
+            right = holds(group[name])
+        if not right:
+            raise ValueError(f"{name} of {level}: got {group[name]!r}, needs {needs}")
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _not_negative(value: Any) -> bool:
+    return _number(value) and value >= 0
+
+
+def _factor(value: Any) -> bool:
+    return _number(value) and 0 <= value < 1
+
+
+def _whole_number(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+_CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "betas": ("numbers in [0, 1)", lambda betas: all(map(_factor, betas))),
+    "momentum": ("a number in [0, 1)", _factor),
+    "nesterov": ("True or False", lambda value: isinstance(value, bool)),
+    "mode": (f"one of {', '.join(MODES)}", lambda value: value in MODES),
+    **{name: ("a number of at least 0", _not_negative) for name in ("lr", "weight_decay", "eps", "slow_weight")},
+    **{name: ("an integer of at least 1", _whole_number) for name in ("slow_period", "ns_steps", "hidden")},
+}

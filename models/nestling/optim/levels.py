@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nestling.optim.components import COMPONENTS
+from nestling.optim.components import COMPONENTS, SETTINGS, check_settings, rule_of
+from nestling.optim.matrices import Unsharded, Whole
 
 UNITS = ("steps", "tokens")
 
@@ -29,19 +30,26 @@ class Levels(torch.optim.Optimizer):
         unit: "steps" (optimizer steps) or "tokens" of `period`.
         tokens_per_step: tokens that one optimizer step has read; needed for `unit="tokens"`. A level moves at the end
             of each step in which its count of tokens reaches a multiple of its period, at most once a step.
-        optimizer: update rule of the level, one of `COMPONENTS`: "adamw", "sgd".
-        betas, eps: of AdamW.
-        momentum: of SGD.
+        optimizer: update rule of the level, one of `COMPONENTS`: "adamw", "sgd", "m3", "muon", "delta_momentum",
+            "deep_momentum", "delta_gradient_descent".
+        matrix: whether parameters of two and more dimensions are matrices (..., rows, columns) to m3, muon and
+            delta_gradient_descent; set it to False for embeddings and heads (`matrix_groups` does). What is no matrix
+            moves by AdamW in m3 and muon, by plain gradient descent in delta_gradient_descent.
         weight_decay: decoupled, applied when the level moves.
+        settings: of the rules, such as `betas` or `momentum`, each for the groups whose rule has it:
+            `betas=(0.9, 0.999)` and `eps=1e-8` of "adamw", `momentum=0` of "sgd", those of M3, Muon, ... of the others.
 
     Attributes:
         updates: moves made so far, by level name.
         moved: squared norm of what each level moved by since `pop_update_norms`; under ZeRO of this rank's shard.
         paused: while true, `step` changes nothing and counts nothing: the gradients cannot be used.
+        whole: gives the rules whole matrices; another one than the default where parameters are sharded.
 
     Raises:
         ValueError: a setting out of range or an unknown name.
     """
+
+    whole: Whole = Unsharded()
 
     def __init__(
         self,
@@ -53,11 +61,14 @@ class Levels(torch.optim.Optimizer):
         unit: str = "steps",
         tokens_per_step: int | None = None,
         optimizer: str = "adamw",
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        momentum: float = 0.0,
+        matrix: bool = True,
         weight_decay: float = 0.0,
+        **settings: Any,
     ) -> None:
+        unknown = sorted(settings.keys() - set(SETTINGS))
+        if unknown:
+            raise ValueError(f"{unknown[0]}: no setting of any update rule, needs one of {', '.join(SETTINGS)}")
+        self._settings = settings
         defaults = dict(
             lr=lr,
             name=name,
@@ -65,9 +76,7 @@ class Levels(torch.optim.Optimizer):
             unit=unit,
             tokens_per_step=tokens_per_step,
             optimizer=optimizer,
-            betas=betas,
-            eps=eps,
-            momentum=momentum,
+            matrix=matrix,
             weight_decay=weight_decay,
         )
         super().__init__(params, defaults)
@@ -80,6 +89,11 @@ class Levels(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check(group)
+        component = COMPONENTS[group["optimizer"]]
+        for setting, default in component.settings.items():
+            group.setdefault(setting, self._settings.get(setting, default))
+        check_settings(group, f"level {group['name']!r}")
+        component.prepare(group)
         for other in self.param_groups:
             if other["name"] == group["name"] and (other["period"], other["unit"]) != (group["period"], group["unit"]):
                 raise ValueError(
@@ -89,9 +103,11 @@ class Levels(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self.__dict__.setdefault("_settings", {})  # torch leaves it out of copies
         self.moved, self.paused = {}, False
         self.updates = {group["name"]: 0 for group in self.param_groups}
         for group in self.param_groups:
+            COMPONENTS[group["optimizer"]].prepare(group)  # the groups of a loaded state are new
             made = [self.state[p]["updates"] for p in group["params"] if p in self.state]
             self.updates[group["name"]] = max([self.updates[group["name"]], *made])
 
@@ -118,7 +134,8 @@ class Levels(torch.optim.Optimizer):
         if not state:
             state.update(steps=0, updates=0)
         if "accumulator" not in state and not _every_step(group):  # also when a period has been raised
-            state.update(accumulator=torch.zeros_like(parameter), filled=False)
+            state["accumulator"] = torch.zeros_like(parameter)
+            state.setdefault("filled", False)
         state["steps"] += 1
         gradient = parameter.grad
         if "accumulator" in state:
@@ -129,7 +146,8 @@ class Levels(torch.optim.Optimizer):
         if gradient is None or not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):
             return
         state["updates"] += 1
-        change = COMPONENTS[group["optimizer"]](parameter, gradient, state, group)
+        rule = rule_of(group, group["matrix"] and self.whole.is_matrix(parameter))
+        change = rule(parameter, gradient, state, group, self.whole)
         parameter.add_(change)
         if "accumulator" in state:
             state["accumulator"].zero_()
@@ -161,8 +179,3 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"tokens_per_step of {level}: got {group['tokens_per_step']!r}, needs the tokens of one step")
     if group["optimizer"] not in COMPONENTS:
         raise ValueError(f"optimizer of {level}: got {group['optimizer']!r}, needs one of {', '.join(COMPONENTS)}")
-    for name in ("lr", "eps", "weight_decay", "momentum"):
-        if not isinstance(group[name], int | float) or not group[name] >= 0:
-            raise ValueError(f"{name} of {level}: got {group[name]!r}, needs a number of at least 0")
-    if len(group["betas"]) != 2 or not all(0 <= beta < 1 for beta in group["betas"]):
-        raise ValueError(f"betas of {level}: got {group['betas']!r}, needs two numbers in [0, 1)")
