@@ -1,4 +1,4 @@
-"""Optimizers of Nested Learning, and `Levels`, where each group of parameters moves at its own frequency by one of them.
+"""Optimizers of Nested Learning, and `Levels`, where every group of parameters moves at its own frequency by one.
 
 Each is a rule of `COMPONENTS`, which a level takes by its name and which a class of its own makes an ordinary torch
 optimizer.

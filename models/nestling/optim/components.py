@@ -62,10 +62,12 @@ COMPONENTS: dict[str, Component] = {
 SETTINGS = sorted({name for component in COMPONENTS.values() for name in component.settings})
 
 
-def rule_of(group: dict[str, Any], matrix: bool) -> Rule:
+def rule_of(group: dict[str, Any], parameter: Tensor, whole: Whole) -> Rule:
     """The rule that moves a parameter of a group."""
     component = COMPONENTS[group["optimizer"]]
-    return component.rule if matrix or not component.matrices_only else adamw
+    if component.matrices_only and not (group["matrix"] and whole.is_matrix(parameter)):
+        return adamw
+    return component.rule
 
 
 def check_settings(group: dict[str, Any], level: str) -> None:

@@ -146,7 +146,7 @@ class Levels(torch.optim.Optimizer):
         if gradient is None or not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):
             return
         state["updates"] += 1
-        rule = rule_of(group, group["matrix"] and self.whole.is_matrix(parameter))
+        rule = rule_of(group, parameter, self.whole)
         change = rule(parameter, gradient, state, group, self.whole)
         parameter.add_(change)
         if "accumulator" in state:

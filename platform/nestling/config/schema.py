@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from nestling.config.optimizers import OptimizersConfig
 from nestling.models.config import HopeConfig, SkeletonConfig
 
 
@@ -159,8 +160,10 @@ class LevelConfig:
     period: int = 1
     #: Unit of `period`: optimizer steps, or tokens read.
     unit: Literal["steps", "tokens"] = "steps"
-    #: Optimizer of the level.
-    optimizer: Literal["adamw", "sgd"] = "adamw"
+    #: Optimizer of the level; `optimizers` holds their settings.
+    optimizer: Literal["adamw", "sgd", "m3", "muon", "delta_momentum", "deep_momentum", "delta_gradient_descent"] = (
+        "adamw"
+    )
     #: Peak learning rate; None: training.learning_rate.
     learning_rate: float | None = None
     #: For a level without a width: fnmatch patterns over the model's parameter names, such as "blocks.*.mixer.*".
@@ -198,8 +201,15 @@ class TrainingConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     #: DeepSpeed ZeRO stage, 0 to 3: what is sharded over the workers.
     zero_stage: int = 0
+    #: Optimizer of the parameters outside every level; `optimizers` holds the settings.
+    optimizer: Literal["adamw", "sgd", "m3", "muon", "delta_momentum", "deep_momentum", "delta_gradient_descent"] = (
+        "adamw"
+    )
     #: Peak learning rate.
     learning_rate: float = 3e-3
+    #: Peak learning rate of the embedding, the head and the vectors where m3 or muon moves the matrices: they move by
+    #: AdamW. None: the level's own.
+    adamw_learning_rate: float | None = None
     #: Decoupled weight decay.
     weight_decay: float = 0.1
     #: AdamW's averaging factors of the gradient and of its square.
@@ -242,7 +252,7 @@ class TrainingConfig:
         counts = ("warmup_steps", "evaluate_every", "checkpoint_every", "max_failures")
         _need("training", self, "at least 0", lambda value: value >= 0, *counts)
         _need("training", self, "0, 1, 2 or 3", lambda value: 0 <= value <= 3, "zero_stage")
-        _need("training", self, "a finite value above 0", _positive, "learning_rate")
+        _need("training", self, "a finite value above 0", _positive, "learning_rate", "adamw_learning_rate")
         _need("training", self, "a finite value of at least 0", _not_negative, "weight_decay", "clip", "spike_sigmas")
         _need("training", self, "a fraction from 0 to 1", _fraction, "final_learning_rate")
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -295,6 +305,7 @@ class JobConfig:
     #: Levels, fastest first; parameters outside every level move at every step.
     levels: list[LevelConfig] = field(default_factory=list)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    optimizers: OptimizersConfig = field(default_factory=OptimizersConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 

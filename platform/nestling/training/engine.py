@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from nestling.config import JobConfig
-from nestling.optim import Levels
+from nestling.optim import Levels, watch_inputs
+from nestling.training.matrices import ShardedMatrices, Stretch
+from nestling.training.shares import shares
 
 
 def engine_settings(config: JobConfig, world_size: int) -> dict[str, Any]:
@@ -41,9 +43,23 @@ def make_engine(model: nn.Module, groups: list[dict[str, Any]], config: JobConfi
     """Wrap the model; `engine.optimizer` holds the sharded `Levels`."""
     deepspeed = _import_deepspeed(config.training.device == "cuda")
     settings = engine_settings(config, world_size)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # ZeRO 3 empties them
+    if any(group["optimizer"] == "delta_gradient_descent" for group in groups):
+        watch_inputs(model, accumulation=settings["gradient_accumulation_steps"])
     optimizer = Levels(groups, lr=config.training.learning_rate)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if engine.zero_optimization():
+        optimizer.whole = ShardedMatrices(_stretches(engine, shapes), config.optimizers.bucket)
     return engine
+
+
+def _stretches(engine: Any, shapes: dict[str, tuple[int, ...]]) -> dict[torch.Tensor, list[Stretch]]:
+    """What this rank holds of each parameter, by ZeRO's flat partition."""
+    held: dict[torch.Tensor, list[Stretch]] = {}
+    for share in shares(engine):
+        stretch = Stretch(shapes[share.name], share.start, share.length, share.offset)
+        held.setdefault(share.master, []).append(stretch)
+    return held
 
 
 def levels_of(engine: Any) -> Levels:

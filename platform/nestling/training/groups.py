@@ -1,7 +1,7 @@
 """Which parameter moves in which level: the parameter groups of `nestling.optim.Levels`.
 
 The Continuum Memory System's levels come with the model; other levels name parameters by pattern; the rest is the level
-`base`, which moves at every step. Matrices decay, vectors and the embedding do not.
+`base`, which moves at every step. Matrices and the head decay, vectors and the embedding do not.
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from torch import nn
 
 from nestling.config import ConfigError, JobConfig, LevelConfig
 from nestling.models.skeleton import LanguageModel
+from nestling.optim import COMPONENTS, is_matrix
+
+#: Rules that leave all but matrices to AdamW.
+MATRIX_RULES = [name for name, component in COMPONENTS.items() if component.matrices_only]
 
 
 def parameter_groups(model: LanguageModel, config: JobConfig) -> list[dict[str, Any]]:
@@ -36,12 +40,13 @@ def parameter_groups(model: LanguageModel, config: JobConfig) -> list[dict[str, 
                     f"parameters are named like {', '.join(list(left)[:4])}"
                 )
         members.append((level, {name: left.pop(name) for name in chosen}))
-    members.append((LevelConfig(name="base"), left))
-    return [group for level, parameters in members for group in _decay_split(level, parameters, config)]
+    members.append((LevelConfig(name="base", optimizer=config.training.optimizer), left))
+    return [group for level, parameters in members for group in _groups(level, parameters, config)]
 
 
-def _decay_split(level: LevelConfig, parameters: dict[str, nn.Parameter], config: JobConfig) -> list[dict[str, Any]]:
-    training = config.training
+def _groups(level: LevelConfig, parameters: dict[str, nn.Parameter], config: JobConfig) -> list[dict[str, Any]]:
+    """The groups of one level: vectors and tables apart from matrices, because ZeRO makes one tensor of a group."""
+    training, optimizers = config.training, config.optimizers
     rate = level.learning_rate or training.learning_rate
     settings = {
         "name": level.name,
@@ -49,11 +54,17 @@ def _decay_split(level: LevelConfig, parameters: dict[str, nn.Parameter], config
         "unit": level.unit,
         "tokens_per_step": training.batch_tokens,
         "optimizer": level.optimizer,
-        "lr": rate,
-        "peak_lr": rate,
-        "betas": tuple(training.betas),
+        **({"betas": tuple(training.betas)} | optimizers.settings(level.optimizer)),
     }
-    decayed = [p for name, p in parameters.items() if p.dim() >= 2 and not name.startswith("embedding")]
-    kept = [p for name, p in parameters.items() if p.dim() < 2 or name.startswith("embedding")]
-    split = ((decayed, training.weight_decay), (kept, 0.0))
-    return [{"params": params, "weight_decay": decay, **settings} for params, decay in split if params]
+    split: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decayed = parameter.dim() >= 2 and not name.startswith("embedding")
+        split.setdefault((is_matrix(name, parameter), decayed), []).append(parameter)
+    groups = []
+    for (matrix, decayed), params in sorted(split.items(), key=lambda item: item[0]):
+        peak = rate if matrix or level.optimizer not in MATRIX_RULES else training.adamw_learning_rate or rate
+        decay = training.weight_decay if decayed else 0.0
+        groups.append(
+            {"params": params, "matrix": matrix, "weight_decay": decay, "lr": peak, "peak_lr": peak, **settings}
+        )
+    return groups

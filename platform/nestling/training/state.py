@@ -1,16 +1,14 @@
 """What a training engine holds, in a form that does not depend on how it is sharded.
 
-A *share* is the stretch of one flattened parameter whose float32 master weights and optimizer state live on this
-rank: DeepSpeed keeps them in flat partitions, cut in another way by every ZeRO stage and number of workers. Saved as
-stretches of named tensors, any stage and any number of workers can take up what any other has left.
+Saved as stretches of named tensors (see `shares.py`), any ZeRO stage and any number of workers can take up what any
+other has left.
 """
 
 from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -19,22 +17,7 @@ from torch import Tensor
 
 from nestling.checkpoint import BUCKET, WEIGHT, Piece, Pieces
 from nestling.training.engine import levels_of
-
-
-@dataclass(frozen=True)
-class Share:
-    """Elements [start, start + length) of the flattened parameter `name`, kept in `master` from `offset` on."""
-
-    name: str
-    start: int
-    length: int
-    offset: int
-    #: What the optimizer moves: the parameter itself, or ZeRO's flat partition.
-    master: Tensor
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The share's stretch of `master`, or of a state tensor of the same shape."""
-        return tensor.detach().view(-1).narrow(0, self.offset, self.length)
+from nestling.training.shares import Share, masters, shares
 
 
 def engine_pieces(engine: Any) -> list[Piece]:
@@ -45,7 +28,7 @@ def engine_pieces(engine: Any) -> list[Piece]:
     state = levels_of(engine).state
     rank, world = engine.global_rank, engine.world_size
     pieces = []
-    for share in _shares(engine):
+    for share in shares(engine):
         mine = share if engine.zero_optimization() else _slice(share, rank, world)
         if not mine.length:
             continue
@@ -59,7 +42,7 @@ def optimizer_scalars(engine: Any) -> dict[str, dict[str, Any]]:
     state = levels_of(engine).state
     return {
         name: {key: value for key, value in state[master].items() if not torch.is_tensor(value)}
-        for name, master in _masters(engine).items()
+        for name, master in masters(engine).items()
         if master in state
     }
 
@@ -73,13 +56,13 @@ def load_engine(engine: Any, pieces: Pieces, scalars: Mapping[str, Mapping[str, 
     """
     levels = levels_of(engine)
     levels.state.clear()
-    for name, master in _masters(engine).items():
+    for name, master in masters(engine).items():
         # Parameters of one flat partition have moved together, but one that had no gradient may have counted less.
         for key, value in scalars.get(name, {}).items():
             entry = levels.state[master]
             entry[key] = max(entry.get(key, value), value)
     kinds = sorted({name.partition("/")[0] for name in pieces.sizes} - {"weight"})
-    for share in _shares(engine):
+    for share in shares(engine):
         if not share.length:
             continue
         _read(pieces, WEIGHT + share.name, share.start, share.of(share.master))
@@ -97,40 +80,6 @@ def _read(pieces: Pieces, name: str, start: int, target: Tensor) -> None:
     for part in target.split(BUCKET // target.element_size()):
         part.copy_(pieces.read(name, start, len(part)))
         start += len(part)
-
-
-def _masters(engine: Any) -> dict[str, Tensor]:
-    """What the optimizer moves for each parameter. A rank has a partition for every group, if only of padding."""
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    if not engine.zero_optimization():
-        return {name: parameter for name, parameter in engine.module.named_parameters()}
-    zero = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        groups, flats = zero.fp16_groups, zero.fp32_partitioned_groups_flat
-    else:
-        groups, flats = zero.bit16_groups, zero.single_partition_of_fp32_groups
-    return {names[id(p)]: flat for group, flat in zip(groups, flats, strict=True) for p in group}
-
-
-def _shares(engine: Any) -> Iterator[Share]:
-    masters = _masters(engine)
-    for name, parameter in engine.module.named_parameters():
-        start, length, offset = _place(engine, parameter)
-        yield Share(name, start, length, offset, masters[name])
-
-
-def _place(engine: Any, parameter: Any) -> tuple[int, int, int]:
-    """Start and length of this rank's stretch of a parameter, and where it begins in its flat partition."""
-    if not engine.zero_optimization():
-        return 0, parameter.numel(), 0
-    if engine.zero_optimization_stage() == 3:
-        _, offset, size = engine.optimizer.grad_position[engine.optimizer.get_param_id(parameter)]
-        start = min(engine.global_rank * size, parameter.ds_numel)
-        return start, min(size, parameter.ds_numel - start), offset
-    mapping = parameter._hp_mapping  # None where another rank has it all
-    if mapping is None:
-        return 0, 0, 0
-    return mapping.lp_fragment_address.start, mapping.lp_fragment_address.numel, mapping.hp_fragment_address.start
 
 
 def _slice(share: Share, rank: int, world: int) -> Share:
