@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.rule import Rule, l2norm
-from nestling.memory.state import MEMORIES, SCALAR_MEMORIES, Layers, MemoryState
+from nestling.memory.state import SCALAR_MEMORIES, Layers, MemoryState
 
 if TYPE_CHECKING:
     from nestling.memory.titans import TitansState
@@ -62,7 +62,9 @@ def delta_scan(
 
 
 def read_memory(name: str, layers: Layers, z: Tensor) -> Tensor:
-    """M(z) = z + w1 silu(w2 z) (Eq. 89); without the skip where the output is one number."""
+    """M(z) = z + w1 silu(w2 z) (Eq. 89); without the skip where the output is one number. A matrix memory is w z."""
+    if len(layers) == 1:
+        return mv(layers[0], z)
     w1, w2 = layers
     inner = mv(w1, F.silu(mv(w2, z)))
     return inner if name in SCALAR_MEMORIES else z + inner
@@ -80,20 +82,22 @@ def write_memory(
     rule: Rule,
 ) -> Layers:
     """One step of one memory towards its self-generated target (Eq. 83-88), the gradient taken at `frozen`."""
+    target = read_memory(name, frozen, l2norm(v))
+    error = read_memory(name, frozen, k) - target if rule.objective == "l2" else -target
+    bases = base if rule.decay_to == "initial" else (0.0, 0.0)
+    if len(frozen) == 1:
+        return (delta_step(current[0], k, error, alpha, rule.step(eta, k), bases[0], rule.erases_matrix),)
     w1, w2 = frozen
     pre = mv(w2, k)
     h = F.silu(pre)
-    target = read_memory(name, frozen, l2norm(v))
-    error = read_memory(name, frozen, k) - target if rule.objective == "l2" else -target
     sigmoid = torch.sigmoid(pre)
     delta2 = mv(w1.mT, error) * sigmoid * (1 + pre * (1 - sigmoid))
 
     h_key = h if rule.step_size == "proximal" else l2norm(h)
-    base1, base2 = base if rule.decay_to == "initial" else (0.0, 0.0)
-    new1 = delta_step(current[0], h_key, error, alpha, rule.step(eta, h), base1, rule.erases_w1)
+    new1 = delta_step(current[0], h_key, error, alpha, rule.step(eta, h), bases[0], rule.erases_w1)
     if not rule.writes_w2:
         return new1, current[1]
-    return new1, delta_step(current[1], k, delta2, alpha, rule.step(eta, k), base2, rule.erases_w2)
+    return new1, delta_step(current[1], k, delta2, alpha, rule.step(eta, k), bases[1], rule.erases_w2)
 
 
 def self_modifying_scan(
@@ -105,25 +109,29 @@ def self_modifying_scan(
     eta_bias: Tensor,
     alpha_bias: Tensor,
 ) -> tuple[Tensor, MemoryState]:
-    current, frozen, position = dict(state.weights), dict(state.snapshots), state.position
+    # A memory that is never written has no snapshot of its own.
+    current, position = dict(state.weights), state.position
+    frozen = current | {name: state.snapshots[name] for name in rule.adaptive}
     outputs = [x.new_empty(*x.shape[:2], 0, x.shape[-1])]
     for t in range(x.shape[2]):
-        token = x[:, :, t]
+        token, q = x[:, :, t], queries[:, :, t]
         k = l2norm(read_memory("key", frozen["key"], token))
         v = read_memory("value", frozen["value"], token)
         eta = eta_max * torch.sigmoid(read_memory("eta", frozen["eta"], token).squeeze(-1) + eta_bias)
         alpha = torch.sigmoid(read_memory("alpha", frozen["alpha"], token).squeeze(-1) + alpha_bias)
+        if "query" in frozen:
+            q = l2norm(read_memory("query", frozen["query"], q))
 
         before = current["memory"]
-        current = {
+        current = current | {
             name: write_memory(name, current[name], frozen[name], state.base[name], k, v, alpha, eta, rule)
-            for name in MEMORIES
+            for name in rule.adaptive
         }
         source = {"before": before, "after": current["memory"], "boundary": frozen["memory"]}[rule.read]
-        outputs.append(read_memory("memory", source, queries[:, :, t]).unsqueeze(2))
+        outputs.append(read_memory("memory", source, q).unsqueeze(2))
 
         position += 1
-        for name in MEMORIES:
+        for name in rule.adaptive:
             if position % rule.chunk_of(name) == 0:
                 frozen[name] = current[name]
     return torch.cat(outputs, dim=2), MemoryState(current, frozen, state.base, position)

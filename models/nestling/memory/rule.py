@@ -28,6 +28,8 @@ class Rule:
     read: str
     decay_to: str
     write: str
+    #: Names of the memories that are written.
+    adaptive: tuple[str, ...]
 
     def __post_init__(self) -> None:
         check_positive("chunk_size", self.chunk_size)
@@ -46,6 +48,11 @@ class Rule:
     @property
     def erases_w2(self) -> bool:
         return self.erase in ("all", "first")
+
+    @property
+    def erases_matrix(self) -> bool:
+        """The one layer of a matrix memory is its first and its last."""
+        return self.erase != "none"
 
     @property
     def writes_w2(self) -> bool:

@@ -1,11 +1,11 @@
-"""`self_modifying_scan`: the five memories of a self-modifying Titans layer."""
+"""`self_modifying_scan`: the memories of a self-modifying Titans layer."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory import chunked, reference
@@ -19,7 +19,7 @@ from nestling.memory.checks import (
     state_dtype,
 )
 from nestling.memory.rule import Rule
-from nestling.memory.state import SCALAR_MEMORIES, MemoryState, check_weights, to_state_dtype
+from nestling.memory.state import ALL_MEMORIES, MemoryState, apply_memory, check_weights, to_state_dtype
 
 
 def self_modifying_scan(
@@ -38,31 +38,35 @@ def self_modifying_scan(
     read: str = "before",
     decay_to: str = "zero",
     write: str = "all",
+    adaptive: Collection[str] | None = None,
     backend: str = "auto",
     blocks_per_state: int = 1,
 ) -> tuple[Tensor, MemoryState]:
-    """Read a sequence with five two-layer memories that write themselves at every token.
+    """Read a sequence with small memories that write themselves at every token.
 
-    Keys, values, step sizes and retention gates come from four memories, and all five, `memory` included, learn the
-    same keys with targets that they generate themselves (arXiv:2512.24695, Eq. 83-93). What a token's update depends on
-    is frozen at each memory's last chunk boundary (a multiple of its chunk size, counted from `state.position` 0);
-    the states evolve token by token. Any split of the tokens into calls gives the same result; rows of the batch
-    never touch each other; the outer gradient passes through the writes into every weight.
+    Keys, values, step sizes and retention gates come from four memories, queries from a fifth if the state has one, and
+    all of them, `memory` included, learn the same keys with targets that they generate themselves (arXiv:2512.24695,
+    Eq. 83-93). They are two-layer networks, or matrices: one linear layer without a skip connection. What a token's
+    update depends on is frozen at each memory's last chunk boundary (a multiple of its chunk size, counted from
+    `state.position` 0); the states evolve token by token. Any split of the tokens into calls gives the same result;
+    rows of the batch never touch each other; the outer gradient passes through the writes into every weight.
 
     Args:
         x: (B, H, T, D), the block's input per head.
-        queries: (B, H, T, D), unit-norm queries.
+        queries: (B, H, T, D), unit-norm queries; with a memory "query" what it reads, and q = l2norm(M_query(queries)).
         state: the memories; `MemoryState.initial(weights)` makes a fresh one.
         chunk_size: tokens per snapshot of `memory`.
-        projection_chunk_size: tokens per snapshot of key, value, eta and alpha; None: as `chunk_size`.
+        projection_chunk_size: tokens per snapshot of the other memories; None: as `chunk_size`.
         eta_max: largest step size, a number or one a head (H,).
         eta_bias, alpha_bias: added to the eta and alpha memories before their sigmoid, a number or (H,).
         objective: "l2", error M(k) - v_hat; "dot", error -v_hat.
-        erase: layers with the Delta term: "all", "first" (w2), "last" (w1), "none".
+        erase: layers with the Delta term: "all", "first" (w2), "last" (w1), "none". The one layer of a matrix memory
+            is its first and its last: it erases unless this is "none".
         step_size: "proximal", eta / (1 + eta |z|^2) for the layer's input z; "direct", eta with w1's key normalised.
         read: the state that token t reads: "before" its own update, "after" it, or at the last "boundary".
         decay_to: "zero" or the "initial" weights of the state.
-        write: "all", or "last" (w1 only; w2 keeps its value).
+        write: "all", or "last" (w1 only; w2 keeps its value). A matrix memory is written either way.
+        adaptive: names of the memories that are written; None: all. The others are read, and neither learn nor decay.
         backend: "reference" (token loop), "chunked" (matrix products) or "auto".
         blocks_per_state: blocks (of at most 64 tokens) between two states kept for the backward pass of `chunked`.
 
@@ -74,6 +78,7 @@ def self_modifying_scan(
     """
     backend = check_backend(backend)
     check_positive("blocks_per_state", blocks_per_state)
+    _check_tensors(x, queries, state)
     rule = Rule(
         chunk_size,
         chunk_size if projection_chunk_size is None else projection_chunk_size,
@@ -83,8 +88,8 @@ def self_modifying_scan(
         read,
         decay_to,
         write,
+        _names(adaptive, state),
     )
-    _check_tensors(x, queries, state)
     dtype = state_dtype(x.dtype)
     scalars = (
         _per_head("eta_max", eta_max, x.shape[1], x, dtype),
@@ -116,15 +121,22 @@ def memory_gates(
     """eta and alpha (B, H, T) that the tokens x (B, H, T, D) get from the state's snapshots; x within one chunk."""
     snapshots = to_state_dtype(state.snapshots)
     dtype = state_dtype(x.dtype)
-    outputs = {}
-    for name in SCALAR_MEMORIES:
-        w1, w2 = snapshots[name]
-        outputs[name] = (F.silu(x.to(dtype) @ w2.mT) @ w1.mT).squeeze(-1)
+    raw_eta, raw_alpha = (apply_memory(name, snapshots[name], x.to(dtype)).squeeze(-1) for name in ("eta", "alpha"))
     limit, eta_shift, alpha_shift = (
         _per_head(name, value, x.shape[1], x, dtype)[:, None]
         for name, value in (("eta_max", eta_max), ("eta_bias", eta_bias), ("alpha_bias", alpha_bias))
     )
-    return limit * torch.sigmoid(outputs["eta"] + eta_shift), torch.sigmoid(outputs["alpha"] + alpha_shift)
+    return limit * torch.sigmoid(raw_eta + eta_shift), torch.sigmoid(raw_alpha + alpha_shift)
+
+
+def _names(adaptive: Collection[str] | None, state: MemoryState) -> tuple[str, ...]:
+    """The names of the memories that are written, in the order of `ALL_MEMORIES`."""
+    known = [name for name in ALL_MEMORIES if name in state.weights]
+    if adaptive is None:
+        return tuple(known)
+    if isinstance(adaptive, str) or not set(adaptive) <= set(known):
+        raise ValueError(f"adaptive: got {adaptive!r}, needs a collection of names among {', '.join(known)}, or None")
+    return tuple(name for name in known if name in adaptive)
 
 
 def _per_head(name: str, value: float | Tensor, heads: int, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -149,11 +161,11 @@ def _check_tensors(x: Tensor, queries: Tensor, state: MemoryState) -> None:
     check_same("queries", queries, x, "x", dtypes=(x.dtype,))
     batch, heads, _, width = x.shape
     check_weights("state.weights", state.weights)
-    w2 = state.weights["key"][1]
-    shape = (batch, heads, w2.shape[2], width)
-    check_shape("state.weights['key'][1]", w2, shape, "(B, H, N, D)")
+    first = state.weights["key"][-1]
+    where = f"state.weights['key'][{len(state.weights['key']) - 1}]"
+    check_shape(where, first, (batch, heads, first.shape[2], width), "(B, H, N, D)")
     for part in ("snapshots", "base"):
-        check_weights(f"state.{part}", getattr(state, part), shape)
-    check_same("state.weights", w2, x, "x", dtypes=(x.dtype, state_dtype(x.dtype)))
+        check_weights(f"state.{part}", getattr(state, part), state.weights)
+    check_same("state.weights", first, x, "x", dtypes=(x.dtype, state_dtype(x.dtype)))
     if state.position < 0:
         raise ValueError(f"state.position: got {state.position}, needs at least 0")

@@ -1,21 +1,26 @@
-"""The state of a self-modifying Titans layer: five small MLPs, their frozen snapshots and how far they have read."""
+"""The state of a self-modifying Titans layer: its small memories, their frozen snapshots and how far they have read."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.checks import check_float, check_same, check_shape, state_dtype
 
-#: The memories of a layer, in the order in which they are stacked. The first four make the projections.
+#: The memories that every layer has. The first four make the projections.
 MEMORIES = ("key", "value", "eta", "alpha", "memory")
+#: Every memory that a layer may have, in the order in which they are stacked.
+ALL_MEMORIES = ("key", "value", "eta", "alpha", "query", "memory")
+#: Memories that read x.
+PROJECTIONS = ALL_MEMORIES[:4]
 #: Memories with one output a head and no skip connection.
 SCALAR_MEMORIES = ("eta", "alpha")
 
-#: A memory's two layers: w1 (B, H, out, N) and w2 (B, H, N, D).
-Layers = tuple[Tensor, Tensor]
+#: A memory's layers: w1 (B, H, out, N) and w2 (B, H, N, D), or the one layer w (B, H, out, D) of a matrix memory.
+Layers = tuple[Tensor, ...]
 Weights = Mapping[str, Layers]
 
 
@@ -24,8 +29,9 @@ class MemoryState:
     """What a stream carries from call to call of `self_modifying_scan`.
 
     Attributes:
-        weights: the current weights, `{name: (w1, w2)}` for the five names of `MEMORIES`; w1 (B, H, out, N),
-            w2 (B, H, N, D), `out` is D for key, value and memory, 1 for eta and alpha.
+        weights: the current weights, `{name: (w1, w2)}` for the five names of `MEMORIES` and, where a memory makes the
+            queries, "query"; w1 (B, H, out, N), w2 (B, H, N, D), `out` is 1 for eta and alpha, D for the others.
+            Matrix memories M(z) = w z are `{name: (w,)}`, w (B, H, out, D). All memories are of one kind.
         snapshots: the weights at each memory's last chunk boundary, same form.
         base: the weights before the first token, same form (`decay_to="initial"` decays towards them).
         position: tokens consumed so far.
@@ -52,37 +58,68 @@ class MemoryState:
     def detach(self) -> MemoryState:
         """The same numbers cut off from the graph that made them (truncated backpropagation through time)."""
         weights, snapshots, base = (
-            {name: (w1.detach(), w2.detach()) for name, (w1, w2) in part.items()}
-            for part in (self.weights, self.snapshots, self.base)
+            each_layer(part, Tensor.detach) for part in (self.weights, self.snapshots, self.base)
         )
         return MemoryState(weights, snapshots, base, self.position)
 
+    @property
+    def matrices(self) -> bool:
+        """Whether the memories are matrices, M(z) = w z, and not two-layer networks."""
+        return len(self.weights["key"]) == 1
 
-def check_weights(where: str, weights: Weights, shape: tuple[int, ...] | None = None) -> None:
-    """Raise ValueError unless `weights` holds five memories that fit each other, and `shape` (B, H, N, D) if given."""
-    if set(weights) != set(MEMORIES):
-        raise ValueError(f"{where}: got the names {list(weights)}, needs {list(MEMORIES)}")
-    for name in MEMORIES:
-        layers = weights[name]
-        if not isinstance(layers, tuple | list) or len(layers) != 2 or not all(isinstance(w, Tensor) for w in layers):
-            raise ValueError(f"{where}[{name!r}]: got {type(layers).__name__}, needs a pair of tensors (w1, w2)")
-    key_w2 = weights["key"][1]
-    like = f"{where}['key'][1]"
-    if shape is None:
-        shape = tuple(key_w2.shape) if key_w2.dim() == 4 else (-1,) * 4
-    check_shape(like, key_w2, shape, "(B, H, N, D)")
-    check_float(like, key_w2)
-    batch, heads, hidden, width = shape
-    for name in MEMORIES:
-        w1, w2 = weights[name]
-        out = 1 if name in SCALAR_MEMORIES else width
-        check_shape(f"{where}[{name!r}][0]", w1, (batch, heads, out, hidden), "(B, H, out, N)")
-        check_shape(f"{where}[{name!r}][1]", w2, (batch, heads, hidden, width), "(B, H, N, D)")
-        for part in (w1, w2):
-            check_same(f"{where}[{name!r}]", part, key_w2, like, dtypes=(key_w2.dtype,))
+
+def each_layer(weights: Weights, function: Callable[[Tensor], Tensor]) -> dict[str, Layers]:
+    """`weights` with `function` applied to every layer."""
+    return {name: tuple(function(layer) for layer in layers) for name, layers in weights.items()}
+
+
+def apply_memory(name: str, layers: Layers, z: Tensor) -> Tensor:
+    """M(z) for all tokens at once: z (B, H, T, D) to (B, H, T, out) (Eq. 89; w z for a matrix memory)."""
+    if len(layers) == 1:
+        return z @ layers[0].mT
+    w1, w2 = layers
+    inner = F.silu(z @ w2.mT) @ w1.mT
+    return inner if name in SCALAR_MEMORIES else z + inner
+
+
+def check_weights(where: str, weights: Weights, like: Weights | None = None) -> None:
+    """Raise ValueError unless `weights` holds memories of one kind that fit each other, and `like` if given."""
+    if set(weights) - {"query"} != set(MEMORIES) or (like is not None and set(weights) != set(like)):
+        needed = f"{list(MEMORIES)}, and 'query' if a memory makes the queries" if like is None else f"{list(like)}"
+        raise ValueError(f"{where}: got the names {list(weights)}, needs {needed}")
+    for name, layers in weights.items():
+        if not isinstance(layers, tuple | list) or not all(isinstance(w, Tensor) for w in layers):
+            raise ValueError(f"{where}[{name!r}]: got {type(layers).__name__}, needs a tuple of tensors")
+        depth = len((weights if like is None else like)["key"])
+        if len(layers) != depth or depth not in (1, 2):
+            raise ValueError(
+                f"{where}[{name!r}]: got {len(layers)} layers beside {depth} of 'key', "
+                "needs a pair (w1, w2) everywhere, or (w,) everywhere for matrix memories"
+            )
+    first = weights["key"][-1]
+    where_first = f"{where}['key'][{len(weights['key']) - 1}]"
+    wanted = first if like is None else like["key"][-1]
+    shape = tuple(wanted.shape) if wanted.dim() == 4 else (-1,) * 4
+    check_shape(where_first, first, shape, "(B, H, N, D)")
+    check_float(where_first, first)
+    for name, layers in weights.items():
+        _check_layers(f"{where}[{name!r}]", name, layers, first, where_first)
+
+
+def _check_layers(where: str, name: str, layers: Layers, first: Tensor, where_first: str) -> None:
+    """The layers of one memory beside the input layer `first` of the key memory."""
+    batch, heads, hidden, width = first.shape
+    out = 1 if name in SCALAR_MEMORIES else width
+    if len(layers) == 1:
+        check_shape(f"{where}[0]", layers[0], (batch, heads, out, width), "(B, H, out, D)")
+    else:
+        check_shape(f"{where}[0]", layers[0], (batch, heads, out, hidden), "(B, H, out, N)")
+        check_shape(f"{where}[1]", layers[1], (batch, heads, hidden, width), "(B, H, N, D)")
+    for layer in layers:
+        check_same(where, layer, first, where_first, dtypes=(first.dtype,))
 
 
 def to_state_dtype(weights: Weights) -> dict[str, Layers]:
     """`weights` in float32 or wider."""
-    dtype = state_dtype(weights["key"][1].dtype)
-    return {name: (w1.to(dtype), w2.to(dtype)) for name, (w1, w2) in weights.items()}
+    dtype = state_dtype(weights["key"][-1].dtype)
+    return each_layer(weights, lambda layer: layer.to(dtype))
