@@ -40,6 +40,19 @@ CASES: dict[str, dict[str, Any]] = {
     "query static": {"query": True, "adaptive": MEMORIES, "chunk_size": 4, **LAST},
     "query written, memory static": {"query": True, "adaptive": ("query", "alpha"), "chunk_size": 5},
     "only query and memory": {"query": True, "adaptive": ("query", "memory"), "chunk_size": 7, **LAST},
+    "momentum": {"momentum": True, "chunk_size": 8, "projection_chunk_size": 4},
+    "momentum, after": {"momentum": True, "query": True, "chunk_size": 5, "projection_chunk_size": 7, **DIRECT},
+    "momentum, boundary": {"momentum": True, "chunk_size": 4, "projection_chunk_size": 8, **BOUNDARY},
+    "momentum, last layers": {"momentum": True, "adaptive": ("key", "memory"), "chunk_size": 8, **LAST},
+    "momentum, one number": {"momentum": 0.9, "adaptive": ("value", "eta"), "chunk_size": 5},
+    "matrix, momentum": {"matrix": True, "query": True, "momentum": True, "chunk_size": 5, "projection_chunk_size": 7},
+    "matrix, momentum, after": {
+        "matrix": True,
+        "momentum": True,
+        "chunk_size": 8,
+        "projection_chunk_size": 4,
+        **DIRECT,
+    },
     "matrix": {"matrix": True, "chunk_size": 5, "projection_chunk_size": 7},
     "matrix, after": {"matrix": True, "query": True, "chunk_size": 8, "projection_chunk_size": 4, **DIRECT},
     "matrix, boundary": {"matrix": True, "chunk_size": 4, "projection_chunk_size": 8, **BOUNDARY},
@@ -51,7 +64,9 @@ cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 backends = pytest.mark.parametrize("backend", ["reference", "chunked"])
 
 
-def arguments(matrix: bool = False, query: bool = False, seed: int = 0, tokens: int = TOKENS, **_: Any) -> Results:
+def arguments(
+    matrix: bool = False, query: bool = False, momentum: Any = None, seed: int = 0, tokens: int = TOKENS, **_: Any
+) -> Results:
     """x, queries, the layers of each memory ("key.0", ...) and the gate parameters, two rows of two heads."""
     draw = torch.Generator().manual_seed(seed)
 
@@ -69,6 +84,8 @@ def arguments(matrix: bool = False, query: bool = False, seed: int = 0, tokens: 
     if matrix:  # the projections of a fresh matrix are what it holds: keep keys and values long enough to have a length
         for name in ("key", "value", *(["query"] if query else [])):
             tensors[f"{name}.0"] = tensors[f"{name}.0"] + torch.eye(WIDTH, dtype=torch.float64)
+    if momentum is True:
+        tensors["momentum"] = torch.tensor([0.9, 0.6], dtype=torch.float64)
     return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
 
 
@@ -81,17 +98,18 @@ def initial(tensors: Results) -> MemoryState:
 def calls(tensors: Results, cuts: Iterable[int] = (), **switches: Any) -> tuple[Tensor, MemoryState]:
     """Outputs and state of one call, or of several that cut the tokens at `cuts`."""
     switches = {name: value for name, value in switches.items() if name not in ("matrix", "query")}
+    switches |= {name: tensors[name] for name in (*GATES, "momentum") if name in tensors}
     state, outputs, edges = initial(tensors), [], [0, *cuts, tensors["x"].shape[2]]
     for low, high in zip(edges, edges[1:], strict=False):
         x, queries = tensors["x"][:, :, low:high], tensors["queries"][:, :, low:high]
-        output, state = self_modifying_scan(x, queries, state, **{n: tensors[n] for n in GATES}, **switches)
+        output, state = self_modifying_scan(x, queries, state, **switches)
         outputs.append(output)
     assert state.position == tensors["x"].shape[2]
     return torch.cat(outputs, dim=2), state
 
 
 def layers_of(state: MemoryState) -> Results:
-    parts = {"weight": state.weights, "snapshot": state.snapshots}
+    parts = {"weight": state.weights, "snapshot": state.snapshots, "momentum": state.momentum}
     return {
         f"{part} {name}.{i}": layer
         for part, weights in parts.items()
@@ -179,6 +197,8 @@ def test_the_loop_follows_the_equations(case: dict) -> None:
     outputs, state = calls(tensors, backend="reference", **case)
     current = {name: tuple(layer[0, 0] for layer in layers) for name, layers in initial(tensors).weights.items()}
     frozen, adaptive = dict(current), case.get("adaptive", tuple(current))
+    momentum = {name: tuple(map(torch.zeros_like, layers)) for name, layers in current.items()}
+    mu = tensors["momentum"][0] if "momentum" in tensors else case.get("momentum", 0.0)
     sizes = case["chunk_size"], case.get("projection_chunk_size", case["chunk_size"])
 
     def read(name: str, layers: tuple[Tensor, ...], z: Tensor) -> Tensor:
@@ -199,10 +219,11 @@ def test_the_loop_follows_the_equations(case: dict) -> None:
         for name in adaptive:
             grads = inner_gradients(current[name], frozen[name], name not in SCALAR_MEMORIES, k, v)
             inputs = (k,) if len(grads) == 1 else (F.silu(frozen[name][1] @ k), k)
+            momentum[name] = tuple(mu * s + grad for s, grad in zip(momentum[name], grads, strict=True))
             new = []
-            for layer, grad, z in zip(current[name], grads, inputs, strict=True):
+            for layer, s, z in zip(current[name], momentum[name], inputs, strict=True):
                 step = eta / (1 + eta * (z @ z))
-                new.append(layer @ (alpha * torch.eye(len(z)).to(z) - step * torch.outer(z, z)) - step * grad)
+                new.append(layer @ (alpha * torch.eye(len(z)).to(z) - step * torch.outer(z, z)) - step * s)
             current[name] = tuple(new)
             if (t + 1) % sizes[name != "memory"] == 0:
                 frozen[name] = current[name]
@@ -237,6 +258,42 @@ def test_a_written_memory_needs_the_others_only_as_functions(backend: str) -> No
     outside["queries"] = F.normalize(z + F.silu(z @ w2.mT) @ w1.mT, dim=-1)
     right, _ = calls(outside, chunk_size=5, backend=backend)
     torch.testing.assert_close(inside, right, rtol=1e-12, atol=1e-14)
+
+
+@backends
+def test_no_momentum_is_a_momentum_of_zero(backend: str) -> None:
+    tensors = {name: tensor.detach() for name, tensor in arguments().items()}
+    plain, state = calls(tensors, chunk_size=5, backend=backend)
+    outputs, _ = calls(tensors | {"momentum": torch.zeros(2, dtype=torch.float64)}, chunk_size=5, backend=backend)
+    torch.testing.assert_close(outputs, plain, rtol=1e-12, atol=1e-14)
+    assert not state.momentum
+
+
+@backends
+def test_momentum_starts_at_zero_and_is_kept_in_float32(backend: str) -> None:
+    tensors = {name: tensor.detach().bfloat16() for name, tensor in arguments().items()}
+    given = tensors["x"], tensors["queries"]
+    fresh = initial(tensors)
+    zero = MemoryState(fresh.weights, fresh.snapshots, fresh.base, 0, fresh.map(torch.zeros_like).weights)
+    (one, state), (other, _) = (
+        self_modifying_scan(*given, start, momentum=0.5, backend=backend) for start in (fresh, zero)
+    )
+    assert torch.equal(one, other)
+    assert {layer.dtype for layers in state.momentum.values() for layer in layers} == {torch.float32}
+
+
+def test_detached_states_keep_their_momentum() -> None:
+    _, state = calls(arguments(momentum=True), chunk_size=5)
+    cut = state.detach()
+    assert layers_of(cut).keys() == layers_of(state).keys() and "momentum memory.1" in layers_of(cut)
+    for name, layer in layers_of(cut).items():
+        assert not layer.requires_grad and torch.equal(layer, layers_of(state)[name])
+
+
+def test_momentum_over_more_tokens_than_a_block() -> None:
+    case = {"momentum": True, "chunk_size": 100, "projection_chunk_size": 70, "decay_to": "initial"}
+    tensors = arguments(**case, tokens=110)
+    assert_same(run(tensors, backend="chunked", **case), run(tensors, backend="reference", **case))
 
 
 def test_the_names_may_come_in_any_order() -> None:
@@ -282,6 +339,10 @@ def test_errors_of_weights(weights: dict, message: str) -> None:
     ("change", "message"),
     [
         ({"adaptive": "memory"}, "adaptive: got 'memory', needs a collection of names among key, value, eta"),
+        ({"momentum": 1.0}, r"momentum: got 1.0, needs values in \[0, 1\)"),
+        ({"momentum": torch.tensor([0.5, -0.1])}, r"momentum: got tensor.*, needs values in \[0, 1\)"),
+        ({"momentum": torch.zeros(3)}, r"momentum: got shape \(3,\), needs a number or \(H,\) = \(2,\)"),
+        ({"momentum": float("nan")}, "momentum: got NaN"),
         ({"adaptive": ("query",)}, r"adaptive: got \('query',\), needs a collection of names among"),
     ],
 )  # fmt: skip
@@ -296,3 +357,12 @@ def test_the_parts_of_a_state_are_of_one_kind() -> None:
     more = MemoryState.initial(zeros(1, query=(torch.zeros(1, 2, 3, 3),)))
     with pytest.raises(ValueError, match=r"state\.base: got the names .*'query'\], needs \['key'"):
         self_modifying_scan(x, x, MemoryState(state.weights, state.snapshots, more.base))
+    for momentum, message in (
+        ({"keys": ()}, r"state\.momentum\['keys'\]: got 0 layers, needs at most as many as weights"),
+        (
+            {"key": (torch.zeros(1, 2, 3, 4),)},
+            r"state\.momentum\['key'\]\[0\]: got shape \(1, 2, 3, 4\), needs the layer",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            self_modifying_scan(x, x, MemoryState(state.weights, state.snapshots, state.base, 0, momentum))

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory.layer import Gates, learn
+from nestling.memory.momentum import MomentumGates
 from nestling.memory.recompute import scan
 from nestling.memory.rule import Rule, l2norm
-from nestling.memory.stacks import MatrixStack, NetworkStack
+from nestling.memory.stacks import MatrixStack, NetworkStack, Packs
 from nestling.memory.state import PROJECTIONS, SCALAR_MEMORIES, Layers, MemoryState, Weights, apply_memory
 
 #: Tokens of a block at most: the triangular systems are TILE x TILE, whatever the chunk size of the model.
@@ -71,6 +72,7 @@ def self_modifying_scan(
     eta_max: Tensor,
     eta_bias: Tensor,
     alpha_bias: Tensor,
+    mu: Tensor | None,
     blocks_per_state: int,
 ) -> tuple[Tensor, MemoryState]:
     if x.shape[2] == 0:
@@ -79,13 +81,17 @@ def self_modifying_scan(
     scalars = tuple(scalar.view(1, -1, 1, 1) for scalar in (eta_max, eta_bias, alpha_bias))
     if "query" in static:
         queries = l2norm(apply_memory("query", static["query"], queries))
-    outputs, weights, snapshots = queries, dict(state.weights), dict(state.weights)
+    # A memory that is never written has no snapshot of its own.
+    outputs, weights, snapshots, momentum = queries, dict(state.weights), dict(state.weights), dict[str, Layers]()
     if rule.adaptive:
-        outputs, written, frozen = _scan_written(x, queries, state, rule, static, scalars, blocks_per_state)
+        log_mu = None if mu is None else mu.clamp(min=torch.finfo(mu.dtype).tiny).log().view(1, -1, 1, 1)
+        outputs, written, frozen, momentum = _scan_written(
+            x, queries, state, rule, static, scalars, log_mu, blocks_per_state
+        )
         weights, snapshots = weights | written, snapshots | frozen
     if "memory" in static:
         outputs = apply_memory("memory", static["memory"], outputs)
-    return outputs, MemoryState(weights, snapshots, state.base, state.position + x.shape[2])
+    return outputs, MemoryState(weights, snapshots, state.base, state.position + x.shape[2], momentum)
 
 
 def _scan_written(
@@ -95,9 +101,10 @@ def _scan_written(
     rule: Rule,
     static: Weights,
     scalars: tuple[Tensor, ...],
+    log_mu: Tensor | None,
     blocks_per_state: int,
-) -> tuple[Tensor, dict[str, Layers], dict[str, Layers]]:
-    """What `memory` reads, or the queries that it would read if it is static; weights and snapshots of the written."""
+) -> tuple[Tensor, dict[str, Layers], dict[str, Layers], dict[str, Layers]]:
+    """What `memory` reads (the queries, if it is static); weights, snapshots and momentum of what is written."""
     stack = (MatrixStack if state.matrices else NetworkStack)(rule, state.weights)
     sizes = {rule.chunk_of(name) for name in rule.adaptive}
     spans = list(blocks(state.position, x.shape[2], sizes))
@@ -105,25 +112,42 @@ def _scan_written(
     # Projections that never change are made for all tokens at once.
     ready = {name: apply_memory(name, static[name], x) for name in PROJECTIONS if name in static}
     ready = {name: _finish(name, z, *scalars) if name in SCALAR_MEMORIES else l2norm(z) for name, z in ready.items()}
+    weights, frozen = stack.pack(state.weights), stack.pack(state.snapshots)
+    momenta = () if log_mu is None else stack.pack(_momentum(state, rule))
+    bases = stack.pack(state.base) if rule.decay_to == "initial" else (None,) * len(weights)
+    layers = len(weights)
 
     def body(block: int, carry: tuple, inputs: tuple, constants: tuple) -> tuple[Tensor, tuple[Tensor, ...]]:
-        weights, frozen = carry[: len(carry) // 2], carry[len(carry) // 2 :]
-        bases, scalars = constants[:-3], constants[-3:]
+        packs = Packs(carry[:layers], carry[layers : 2 * layers], carry[2 * layers :], constants[:layers])
+        *scalars, log_mu = constants[layers:]
         x, queries, *streams = (stream.mT for stream in inputs)
-        made = dict(zip(ready, streams, strict=True))
-        for name, z in stack.project(frozen, x, queries).items():
+        made = {"query": queries, **dict(zip(ready, streams, strict=True))}
+        for name, z in stack.project(packs.frozen, x, queries).items():
             made[name] = _finish(name, z, *scalars) if name in SCALAR_MEMORIES else z
-        gates = Gates(made["alpha"], inclusive=rule.read == "after")
-        k, v, eta, queries = made["key"], made["value"], made["eta"], made.get("query", queries)
-        weights, output = stack.learn(weights, frozen, bases, k, v, eta, queries, gates)
+        weights, momenta, output = stack.learn(packs, made, _gates(made["alpha"], log_mu, rule))
         boundaries = (ends[block] % size == 0 for size in (rule.projection_chunk_size, rule.chunk_size))
-        return output.mT, (*weights, *stack.refresh(frozen, weights, *boundaries))
+        return output.mT, (*weights, *stack.refresh(packs.frozen, weights, *boundaries), *momenta)
 
-    weights, frozen = stack.pack(state.weights), stack.pack(state.snapshots)
-    bases = stack.pack(state.base) if rule.decay_to == "initial" else (None,) * len(weights)
-    inputs = (x, queries, *ready.values())
-    outputs, carry = scan(body, spans, (*weights, *frozen), inputs, (*bases, *scalars), blocks_per_state)
-    return outputs, stack.unpack(carry[: len(weights)]), stack.unpack(carry[len(weights) :])
+    carry, constants = (*weights, *frozen, *momenta), (*bases, *scalars, log_mu)
+    outputs, carry = scan(body, spans, carry, (x, queries, *ready.values()), constants, blocks_per_state)
+    written, snapshots, momenta = carry[:layers], carry[layers : 2 * layers], carry[2 * layers :]
+    return outputs, stack.unpack(written), stack.unpack(snapshots), stack.unpack(momenta) if momenta else {}
+
+
+def _momentum(state: MemoryState, rule: Rule) -> dict[str, Layers]:
+    """The momentum of every written layer, zero where the state has none."""
+    momentum = {}
+    for name in rule.adaptive:
+        layers = state.weights[name] if rule.writes_w2 else state.weights[name][:1]
+        known = state.momentum.get(name, ())[: len(layers)]
+        momentum[name] = (*known, *(torch.zeros_like(layer) for layer in layers[len(known) :]))
+    return momentum
+
+
+def _gates(log_alpha: Tensor, log_mu: Tensor | None, rule: Rule) -> Gates | MomentumGates:
+    if log_mu is None:
+        return Gates(log_alpha, inclusive=rule.read == "after")
+    return MomentumGates(log_alpha, log_mu.expand_as(log_alpha))
 
 
 def _finish(name: str, z: Tensor, eta_max: Tensor, eta_bias: Tensor, alpha_bias: Tensor) -> Tensor:

@@ -70,23 +70,14 @@ def read_memory(name: str, layers: Layers, z: Tensor) -> Tensor:
     return inner if name in SCALAR_MEMORIES else z + inner
 
 
-def write_memory(
-    name: str,
-    current: Layers,
-    frozen: Layers,
-    base: Layers,
-    k: Tensor,
-    v: Tensor,
-    alpha: Tensor,
-    eta: Tensor,
-    rule: Rule,
-) -> Layers:
-    """One step of one memory towards its self-generated target (Eq. 83-88), the gradient taken at `frozen`."""
+def layer_gradients(
+    name: str, frozen: Layers, k: Tensor, v: Tensor, eta: Tensor, rule: Rule
+) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
+    """Key, local gradient at `frozen`, step and erase of each layer that is written, w1 first (Eq. 83-88)."""
     target = read_memory(name, frozen, l2norm(v))
     error = read_memory(name, frozen, k) - target if rule.objective == "l2" else -target
-    bases = base if rule.decay_to == "initial" else (0.0, 0.0)
     if len(frozen) == 1:
-        return (delta_step(current[0], k, error, alpha, rule.step(eta, k), bases[0], rule.erases_matrix),)
+        return [(k, error, rule.step(eta, k), rule.erases_matrix)]
     w1, w2 = frozen
     pre = mv(w2, k)
     h = F.silu(pre)
@@ -94,10 +85,8 @@ def write_memory(
     delta2 = mv(w1.mT, error) * sigmoid * (1 + pre * (1 - sigmoid))
 
     h_key = h if rule.step_size == "proximal" else l2norm(h)
-    new1 = delta_step(current[0], h_key, error, alpha, rule.step(eta, h), bases[0], rule.erases_w1)
-    if not rule.writes_w2:
-        return new1, current[1]
-    return new1, delta_step(current[1], k, delta2, alpha, rule.step(eta, k), bases[1], rule.erases_w2)
+    layers = [(h_key, error, rule.step(eta, h), rule.erases_w1), (k, delta2, rule.step(eta, k), rule.erases_w2)]
+    return layers if rule.writes_w2 else layers[:1]
 
 
 def self_modifying_scan(
@@ -108,10 +97,12 @@ def self_modifying_scan(
     eta_max: Tensor,
     eta_bias: Tensor,
     alpha_bias: Tensor,
+    mu: Tensor | None,
 ) -> tuple[Tensor, MemoryState]:
     # A memory that is never written has no snapshot of its own.
     current, position = dict(state.weights), state.position
     frozen = current | {name: state.snapshots[name] for name in rule.adaptive}
+    momentum = {name: layers for name, layers in state.momentum.items() if name in rule.adaptive and mu is not None}
     outputs = [x.new_empty(*x.shape[:2], 0, x.shape[-1])]
     for t in range(x.shape[2]):
         token, q = x[:, :, t], queries[:, :, t]
@@ -123,10 +114,20 @@ def self_modifying_scan(
             q = l2norm(read_memory("query", frozen["query"], q))
 
         before = current["memory"]
-        current = current | {
-            name: write_memory(name, current[name], frozen[name], state.base[name], k, v, alpha, eta, rule)
-            for name in rule.adaptive
-        }
+        for name in rule.adaptive:
+            layers, gathered = list(current[name]), list(momentum.get(name, ()))
+            gathered += [torch.zeros_like(layer) for layer in layers[len(gathered) :]]
+            gradients = layer_gradients(name, frozen[name], k, v, eta, rule)
+            for i, (z, delta, step, erase) in enumerate(gradients):
+                base = state.base[name][i] if rule.decay_to == "initial" else 0.0
+                if mu is None:
+                    layers[i] = delta_step(layers[i], z, delta, alpha, step, base, erase)
+                else:
+                    args = (z, delta, alpha, step, mu, base, erase)
+                    layers[i], gathered[i] = momentum_step(layers[i], gathered[i], *args)
+            current[name] = tuple(layers)
+            if mu is not None:
+                momentum[name] = tuple(gathered[: len(gradients)])
         source = {"before": before, "after": current["memory"], "boundary": frozen["memory"]}[rule.read]
         outputs.append(read_memory("memory", source, q).unsqueeze(2))
 
@@ -134,7 +135,7 @@ def self_modifying_scan(
         for name in rule.adaptive:
             if position % rule.chunk_of(name) == 0:
                 frozen[name] = current[name]
-    return torch.cat(outputs, dim=2), MemoryState(current, frozen, state.base, position)
+    return torch.cat(outputs, dim=2), MemoryState(current, frozen, state.base, position, momentum)
 
 
 def momentum_step(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from nestling.memory.checks import (
     state_dtype,
 )
 from nestling.memory.rule import Rule
-from nestling.memory.state import ALL_MEMORIES, MemoryState, apply_memory, check_weights, to_state_dtype
+from nestling.memory.state import ALL_MEMORIES, MemoryState, apply_memory, check_momentum, check_weights
 
 
 def self_modifying_scan(
@@ -39,6 +38,7 @@ def self_modifying_scan(
     decay_to: str = "zero",
     write: str = "all",
     adaptive: Collection[str] | None = None,
+    momentum: float | Tensor = 0.0,
     backend: str = "auto",
     blocks_per_state: int = 1,
 ) -> tuple[Tensor, MemoryState]:
@@ -67,6 +67,8 @@ def self_modifying_scan(
         decay_to: "zero" or the "initial" weights of the state.
         write: "all", or "last" (w1 only; w2 keeps its value). A matrix memory is written either way.
         adaptive: names of the memories that are written; None: all. The others are read, and neither learn nor decay.
+        momentum: mu in [0, 1), a number or one a head (H,): a layer moves along S_t = mu S_{t-1} + delta_t z_t^T in the
+            place of its gradient, W_t = W_{t-1} (alpha I - eta z z^T) - eta S_t, and the state carries S.
         backend: "reference" (token loop), "chunked" (matrix products) or "auto".
         blocks_per_state: blocks (of at most 64 tokens) between two states kept for the backward pass of `chunked`.
 
@@ -96,14 +98,10 @@ def self_modifying_scan(
         _per_head("eta_bias", eta_bias, x.shape[1], x, dtype),
         _per_head("alpha_bias", alpha_bias, x.shape[1], x, dtype),
     )
+    mu = _momentum(momentum, x, dtype)
     with torch.autocast(x.device.type, enabled=False):
-        state = replace(
-            state,
-            weights=to_state_dtype(state.weights),
-            snapshots=to_state_dtype(state.snapshots),
-            base=to_state_dtype(state.base),
-        )
-        args = (x.to(dtype), queries.to(dtype), state, rule, *scalars)
+        state = state.map(lambda layer: layer.to(dtype))
+        args = (x.to(dtype), queries.to(dtype), state, rule, *scalars, mu)
         if backend == "reference":
             outputs, state = reference.self_modifying_scan(*args)
         else:
@@ -119,14 +117,24 @@ def memory_gates(
     alpha_bias: float | Tensor = 4.0,
 ) -> tuple[Tensor, Tensor]:
     """eta and alpha (B, H, T) that the tokens x (B, H, T, D) get from the state's snapshots; x within one chunk."""
-    snapshots = to_state_dtype(state.snapshots)
     dtype = state_dtype(x.dtype)
+    snapshots = state.map(lambda layer: layer.to(dtype)).snapshots
     raw_eta, raw_alpha = (apply_memory(name, snapshots[name], x.to(dtype)).squeeze(-1) for name in ("eta", "alpha"))
     limit, eta_shift, alpha_shift = (
         _per_head(name, value, x.shape[1], x, dtype)[:, None]
         for name, value in (("eta_max", eta_max), ("eta_bias", eta_bias), ("alpha_bias", alpha_bias))
     )
     return limit * torch.sigmoid(raw_eta + eta_shift), torch.sigmoid(raw_alpha + alpha_shift)
+
+
+def _momentum(momentum: float | Tensor, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """mu of each head (H,); None for 0: without momentum a layer's form is simpler, and the state has no S to carry."""
+    if isinstance(momentum, int | float) and momentum == 0:
+        return None
+    mu = _per_head("momentum", momentum, x.shape[1], x, dtype)
+    if not bool(((mu >= 0) & (mu < 1)).all()):
+        raise ValueError(f"momentum: got {momentum}, needs values in [0, 1)")
+    return mu
 
 
 def _names(adaptive: Collection[str] | None, state: MemoryState) -> tuple[str, ...]:
@@ -166,6 +174,7 @@ def _check_tensors(x: Tensor, queries: Tensor, state: MemoryState) -> None:
     check_shape(where, first, (batch, heads, first.shape[2], width), "(B, H, N, D)")
     for part in ("snapshots", "base"):
         check_weights(f"state.{part}", getattr(state, part), state.weights)
+    check_momentum("state.momentum", state.momentum, state.weights)
     check_same("state.weights", first, x, "x", dtypes=(x.dtype, state_dtype(x.dtype)))
     if state.position < 0:
         raise ValueError(f"state.position: got {state.position}, needs at least 0")

@@ -7,7 +7,8 @@ that of `ALL_MEMORIES`: what reads x comes first, `memory`, which is read, last.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,12 +16,23 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nestling.memory.layer import Gates, learn
+from nestling.memory.momentum import MomentumGates, learn_with_momentum
 from nestling.memory.rule import Rule, l2norm
 from nestling.memory.state import SCALAR_MEMORIES, Layers, Weights
 
 Pack = tuple[Tensor, ...]
-#: Bases of a pack: None where the gate decays towards zero.
-Bases = tuple[Tensor | None, ...]
+
+
+class Packs(NamedTuple):
+    """What a block starts from."""
+
+    weights: Pack
+    #: Snapshots.
+    frozen: Pack
+    #: Momenta of the written layers; empty without momentum.
+    momenta: Pack
+    #: What the gate decays towards; None is zero.
+    bases: tuple[Tensor | None, ...]
 
 
 class Stack:
@@ -47,6 +59,27 @@ class Stack:
         pieces = zip(head, tail, self.last, strict=True)
         return tuple(torch.cat([a[:, :, :-size], b[:, :, -size:]], dim=2) for a, b, size in pieces)
 
+    def _learn(
+        self,
+        weights: Tensor,
+        momentum: Tensor | None,
+        base: Tensor | None,
+        keys: Tensor,
+        deltas: Tensor,
+        step: Tensor,
+        queries: Tensor | None,
+        gates: Gates | MomentumGates,
+        erase: bool,
+        reader: int,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """One layer of all memories: its weights, momentum and what was read, by the closed form the gates are for."""
+        if isinstance(gates, Gates):
+            end, output = learn(weights, base, keys, deltas, step, queries, gates, erase, reader)
+            return end, None, output
+        assert momentum is not None
+        layer = (weights, momentum, base, keys, deltas, step, queries)
+        return learn_with_momentum(*layer, gates, erase, self.rule.read == "after", reader)
+
 
 class NetworkStack(Stack):
     """Two-layer memories: w1 (B, H, memories, D, N), zero rows in scalar memories; w2 (B, H, memories * N, D)."""
@@ -58,14 +91,15 @@ class NetworkStack(Stack):
         self.last = (1, self.hidden)
 
     def pack(self, weights: Weights) -> Pack:
-        firsts, seconds = zip(*(weights[name] for name in self.names), strict=True)
+        firsts, *seconds = zip(*(weights[name] for name in self.names), strict=True)
         w1 = torch.stack([F.pad(first, (0, 0, 0, self.width - first.shape[-2])) for first in firsts], dim=2)
-        return w1, torch.cat(seconds, dim=-2)
+        return w1, *(torch.cat(second, dim=-2) for second in seconds)
 
     def unpack(self, pack: Pack) -> dict[str, Layers]:
-        w1, w2 = pack
-        parts = zip(self.names, self.outs, w1.unbind(2), w2.chunk(len(self.names), dim=-2), strict=True)
-        return {name: (first[..., :out, :], second) for name, out, first, second in parts}
+        w1, *others = pack
+        seconds = [w2.chunk(len(self.names), dim=-2) for w2 in others]
+        parts = zip(self.names, self.outs, w1.unbind(2), *seconds, strict=True)
+        return {name: (first[..., :out, :], *second) for name, out, first, *second in parts}
 
     def project(self, frozen: Pack, x: Tensor, queries: Tensor) -> dict[str, Tensor]:
         """What the frozen memories make of x and queries (B, H, D, C): unit columns, or raw gates (B, H, 1, C)."""
@@ -86,39 +120,38 @@ class NetworkStack(Stack):
         return made
 
     def learn(
-        self,
-        weights: Pack,
-        frozen: Pack,
-        bases: Bases,
-        k: Tensor,
-        v: Tensor,
-        eta: Tensor,
-        queries: Tensor,
-        gates: Gates,
-    ) -> tuple[Pack, Tensor]:
-        """The weights after the block, and what `memory` makes of the queries (the queries, if it is not here)."""
-        rule, (w1, w2), (frozen1, frozen2), (base1, base2) = self.rule, weights, frozen, bases
+        self, packs: Packs, made: Mapping[str, Tensor], gates: Gates | MomentumGates
+    ) -> tuple[Pack, Pack, Tensor]:
+        """Weights and momenta after the block, and what `memory` makes of the queries (the queries, if it is static).
+
+        `made` has the key, value, eta and query of each token as columns.
+        """
+        rule, (w1, w2), (frozen1, frozen2), (base1, base2) = self.rule, packs.weights, packs.frozen, packs.bases
+        k, eta, queries = made["key"], made["eta"], made["query"]
         reader = len(self.names) - 1
         rows = reader * self.hidden
-        pre, h, error = self._inner_error(k, v, frozen1, frozen2)
+        pre, h, error = self._inner_error(k, made["value"], frozen1, frozen2)
 
         evolving = queries if self.reads and rule.read != "boundary" else None
+        momentum1, momentum2 = (*packs.momenta, None, None)[:2]
         pre_q, new2 = None, w2
         if rule.writes_w2:
             delta2 = _SiluBackward.apply((frozen1.mT @ error).flatten(2, 3), pre)
-            step2 = rule.step(eta, k, dim=-2)
-            new2, pre_q = learn(w2, base2, k, delta2, step2, evolving, gates, rule.erases_w2, reader=rows)
+            layer = (w2, momentum2, base2, k, delta2, rule.step(eta, k, dim=-2), evolving)
+            new2, momentum2, pre_q = self._learn(*layer, gates, rule.erases_w2, rows)
         elif evolving is not None:
             pre_q = w2[:, :, rows:] @ queries
         h_q = None if pre_q is None else F.silu(pre_q).unsqueeze(2)
         keys1 = h if rule.step_size == "proximal" else l2norm(h, dim=-2)
         step1 = rule.step(eta.unsqueeze(2), h, dim=-2)
-        new1, inner = learn(w1, base1, keys1, error, step1, h_q, gates.unsqueeze(2), rule.erases_w1, reader=reader)
+        layer = (w1, momentum1, base1, keys1, error, step1, h_q)
+        new1, momentum1, inner = self._learn(*layer, gates.unsqueeze(2), rule.erases_w1, reader)
+        momenta = tuple(momentum for momentum in (momentum1, momentum2) if momentum is not None)
         if not self.reads:
-            return (new1, new2), queries
+            return (new1, new2), momenta, queries
         if inner is None:
             inner = frozen1[:, :, reader:] @ F.silu(frozen2[:, :, rows:] @ queries).unsqueeze(2)
-        return (new1, new2), queries + inner.squeeze(2)
+        return (new1, new2), momenta, queries + inner.squeeze(2)
 
     def _inner_error(self, k: Tensor, v: Tensor, frozen1: Tensor, frozen2: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Of n frozen memories: w2 k (B, H, n N, C), its silu (B, H, n, N, C) and the error (B, H, n, D, C)."""
@@ -162,27 +195,21 @@ class MatrixStack(Stack):
         return made
 
     def learn(
-        self,
-        weights: Pack,
-        frozen: Pack,
-        bases: Bases,
-        k: Tensor,
-        v: Tensor,
-        eta: Tensor,
-        queries: Tensor,
-        gates: Gates,
-    ) -> tuple[Pack, Tensor]:
+        self, packs: Packs, made: Mapping[str, Tensor], gates: Gates | MomentumGates
+    ) -> tuple[Pack, Pack, Tensor]:
         """As of `NetworkStack`."""
-        rule, reader = self.rule, sum(self.rows[:-1])
-        error = frozen[0] @ (-v if rule.objective == "dot" else k - v)
+        rule, (w,), (frozen,), (base,), momenta = self.rule, packs.weights, packs.frozen, packs.bases, packs.momenta
+        k, v, eta, queries = (made[name] for name in ("key", "value", "eta", "query"))
+        error = frozen @ (-v if rule.objective == "dot" else k - v)
         evolving = queries if self.reads and rule.read != "boundary" else None
-        step = rule.step(eta, k, dim=-2)
-        new, output = learn(weights[0], bases[0], k, error, step, evolving, gates, rule.erases_matrix, reader=reader)
+        reader = sum(self.rows[:-1])
+        layer = (w, momenta[0] if momenta else None, base, k, error, rule.step(eta, k, dim=-2), evolving)
+        new, momentum, output = self._learn(*layer, gates, rule.erases_matrix, reader)
         if not self.reads:
             output = queries
         elif output is None:
-            output = frozen[0][:, :, reader:] @ queries
-        return (new,), output
+            output = frozen[:, :, reader:] @ queries
+        return (new,), () if momentum is None else (momentum,), output
 
 
 class _SiluBackward(torch.autograd.Function):

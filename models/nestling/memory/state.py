@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,12 +35,15 @@ class MemoryState:
         snapshots: the weights at each memory's last chunk boundary, same form.
         base: the weights before the first token, same form (`decay_to="initial"` decays towards them).
         position: tokens consumed so far.
+        momentum: what the gradients of the written layers have gathered, `{name: (S1, S2)}` or `(S1,)`, of the shapes
+            of those layers; a missing memory or layer stands for zero.
     """
 
     weights: Weights
     snapshots: Weights
     base: Weights
     position: int = 0
+    momentum: Weights = field(default_factory=dict)
 
     @classmethod
     def initial(cls, weights: Weights) -> MemoryState:
@@ -57,20 +60,20 @@ class MemoryState:
 
     def detach(self) -> MemoryState:
         """The same numbers cut off from the graph that made them (truncated backpropagation through time)."""
-        weights, snapshots, base = (
-            each_layer(part, Tensor.detach) for part in (self.weights, self.snapshots, self.base)
+        return self.map(Tensor.detach)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> MemoryState:
+        """The same state with `function` applied to every tensor."""
+        weights, snapshots, base, momentum = (
+            {name: tuple(function(layer) for layer in layers) for name, layers in part.items()}
+            for part in (self.weights, self.snapshots, self.base, self.momentum)
         )
-        return MemoryState(weights, snapshots, base, self.position)
+        return MemoryState(weights, snapshots, base, self.position, momentum)
 
     @property
     def matrices(self) -> bool:
         """Whether the memories are matrices, M(z) = w z, and not two-layer networks."""
         return len(self.weights["key"]) == 1
-
-
-def each_layer(weights: Weights, function: Callable[[Tensor], Tensor]) -> dict[str, Layers]:
-    """`weights` with `function` applied to every layer."""
-    return {name: tuple(function(layer) for layer in layers) for name, layers in weights.items()}
 
 
 def apply_memory(name: str, layers: Layers, z: Tensor) -> Tensor:
@@ -119,7 +122,14 @@ def _check_layers(where: str, name: str, layers: Layers, first: Tensor, where_fi
         check_same(where, layer, first, where_first, dtypes=(first.dtype,))
 
 
-def to_state_dtype(weights: Weights) -> dict[str, Layers]:
-    """`weights` in float32 or wider."""
-    dtype = state_dtype(weights["key"][-1].dtype)
-    return each_layer(weights, lambda layer: layer.to(dtype))
+def check_momentum(where: str, momentum: Weights, weights: Weights) -> None:
+    """Raise ValueError unless `momentum` holds tensors for layers of `weights`, of their shapes, first layers first."""
+    for name, layers in momentum.items():
+        if name not in weights or len(layers) > len(weights[name]):
+            known = {name: len(layers) for name, layers in weights.items()}
+            raise ValueError(f"{where}[{name!r}]: got {len(layers)} layers, needs at most as many as weights: {known}")
+        for i, (layer, like) in enumerate(zip(layers, weights[name], strict=False)):
+            check_shape(f"{where}[{name!r}][{i}]", layer, tuple(like.shape), "the layer's")
+            check_same(
+                f"{where}[{name!r}][{i}]", layer, like, "the layer", dtypes=(like.dtype, state_dtype(like.dtype))
+            )
