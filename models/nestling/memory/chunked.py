@@ -17,7 +17,7 @@ from nestling.memory.layer import Gates, learn
 from nestling.memory.momentum import MomentumGates
 from nestling.memory.recompute import scan
 from nestling.memory.rule import Rule, l2norm
-from nestling.memory.stacks import MatrixStack, NetworkStack, Packs
+from nestling.memory.stacks import MatrixStack, MlpStack, Packs
 from nestling.memory.state import PROJECTIONS, SCALAR_MEMORIES, Layers, MemoryState, Weights, apply_memory
 
 #: Tokens of a block at most: the triangular systems are TILE x TILE, whatever the chunk size of the model.
@@ -105,7 +105,7 @@ def _scan_written(
     blocks_per_state: int,
 ) -> tuple[Tensor, dict[str, Layers], dict[str, Layers], dict[str, Layers]]:
     """What `memory` reads (the queries, if it is static); weights, snapshots and momentum of what is written."""
-    stack = (MatrixStack if state.matrices else NetworkStack)(rule, state.weights)
+    stack = (MatrixStack if state.matrices else MlpStack)(rule, state.weights)
     sizes = {rule.chunk_of(name) for name in rule.adaptive}
     spans = list(blocks(state.position, x.shape[2], sizes))
     ends = [state.position + end for _, end in spans]

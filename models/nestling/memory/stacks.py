@@ -81,7 +81,7 @@ class Stack:
         return learn_with_momentum(*layer, gates, erase, self.rule.read == "after", reader)
 
 
-class NetworkStack(Stack):
+class MlpStack(Stack):
     """Two-layer memories: w1 (B, H, memories, D, N), zero rows in scalar memories; w2 (B, H, memories * N, D)."""
 
     def __init__(self, rule: Rule, weights: Weights) -> None:
@@ -181,7 +181,7 @@ class MatrixStack(Stack):
         return {name: (part,) for name, part in zip(self.names, pack[0].split(self.rows, dim=-2), strict=True)}
 
     def project(self, frozen: Pack, x: Tensor, queries: Tensor) -> dict[str, Tensor]:
-        """As of `NetworkStack`."""
+        """As of `MlpStack`."""
         made = dict[str, Tensor]()
         tall = len(self.wide) * self.width
         rows = tall + len(self.thin)
@@ -197,7 +197,7 @@ class MatrixStack(Stack):
     def learn(
         self, packs: Packs, made: Mapping[str, Tensor], gates: Gates | MomentumGates
     ) -> tuple[Pack, Pack, Tensor]:
-        """As of `NetworkStack`."""
+        """As of `MlpStack`."""
         rule, (w,), (frozen,), (base,), momenta = self.rule, packs.weights, packs.frozen, packs.bases, packs.momenta
         k, v, eta, queries = (made[name] for name in ("key", "value", "eta", "query"))
         error = frozen @ (-v if rule.objective == "dot" else k - v)

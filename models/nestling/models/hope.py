@@ -3,7 +3,7 @@
 `x += Out(gate * Norm(SelfModifyingTitans(Conv(Norm(x)))))`, then one residual MLP per level, fastest first. No
 positional encoding. Each head owns five small memories whose initial weights are trained through their own updates.
 Parameters of a block of width d with H heads of width D and memories of width N, besides norms and levels:
-4 d^2 + conv_width d + H N (8 D + 2).
+4 d^2 + conv_width d + H N (8 D + 2). Every row of the ablation (Table 6) is a setting of `HopeConfig`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestling.memory import MEMORIES, MemoryState, memory_gates, self_modifying_scan
+from nestling.memory import MemoryState, memory_gates, self_modifying_scan
 from nestling.memory.rule import l2norm
-from nestling.memory.state import SCALAR_MEMORIES
+from nestling.memory.state import ALL_MEMORIES, SCALAR_MEMORIES
 from nestling.models.config import HopeConfig
 from nestling.models.convolution import ShortConvolution
 from nestling.models.skeleton import LanguageModel, Level, Mixer, linear
@@ -36,14 +36,15 @@ def hope(config: HopeConfig) -> LanguageModel:
 
 
 class MixerState(NamedTuple):
-    """What the mixer carries: the last inputs of the convolution (B, conv_width - 1, width), and the memories."""
+    """What the mixer carries: the last inputs of the convolution (B, taps - 1, width; B, 0, width without) and the
+    memories."""
 
     tail: Tensor
     memory: MemoryState
 
 
 class SelfModifyingTitans(Mixer):
-    """Five memories a head that write themselves while they read (Eq. 83-93).
+    """Five memories a head, or six, that write themselves while they read (Eq. 83-93).
 
     Args:
         config: see `HopeConfig`.
@@ -61,8 +62,12 @@ class SelfModifyingTitans(Mixer):
         super().__init__()
         self.config = config
         self.chunk_size, self.projection_chunk_size = config.chunk_size, config.projection_chunk_size
-        width, hidden = config.width, config.memory_width or config.head_width
-        self.conv = ShortConvolution(width, config.conv_width)
+        width = config.width
+        self.names = tuple(name for name in ALL_MEMORIES if name != "query" or "query" not in config.static)
+        still = set(config.static) if config.retention else {*config.static, "alpha"}
+        self.adaptive = tuple(name for name in self.names if name not in still)
+        self.layers = ("w1", "w2") if config.memory == "mlp" else ("w",)
+        self.conv = ShortConvolution(width, config.conv_width) if config.conv_width else None
         self.input = linear(width, width)
         self.query = linear(width, width)
         self.gate = linear(width, width)
@@ -71,24 +76,23 @@ class SelfModifyingTitans(Mixer):
         self.memories = nn.ParameterDict(
             {
                 f"{name}_{layer}": nn.Parameter(weight)
-                for name in MEMORIES
-                for layer, weight in zip(("w1", "w2"), initial_memory(name, config, hidden), strict=True)
+                for name in self.names
+                for layer, weight in zip(self.layers, initial_memory(name, config), strict=True)
             }
         )
         self.register_buffer("alpha_bias", retention_biases(config), persistent=False)
 
     def initial_state(self, batch: int) -> MixerState:
         weights = {
-            name: tuple(self.memories[f"{name}_{layer}"].expand(batch, -1, -1, -1) for layer in ("w1", "w2"))
-            for name in MEMORIES
+            name: tuple(self.memories[f"{name}_{layer}"].expand(batch, -1, -1, -1) for layer in self.layers)
+            for name in self.names
         }
-        parameter = self.conv.weight
-        tail = parameter.new_zeros(batch, self.config.conv_width - 1, self.config.width)
+        tail = self.query.weight.new_zeros(batch, max(self.config.conv_width - 1, 0), self.config.width)
         return MixerState(tail, MemoryState.initial(weights))
 
     def forward(self, x: Tensor, state: MixerState | None) -> tuple[Tensor, MixerState]:
         tail, memory = self.initial_state(x.shape[0]) if state is None else state
-        convolved, tail = self.conv(x, tail)
+        convolved, tail = (x, tail) if self.conv is None else self.conv(x, tail)
         queries = l2norm(self._heads(self.query(convolved)))
         inputs = l2norm(self._heads(self.input(convolved)))
         if self.gate_log is not None:
@@ -114,6 +118,8 @@ class SelfModifyingTitans(Mixer):
             read=c.read,
             decay_to=c.decay_to,
             write=c.write,
+            adaptive=self.adaptive,
+            momentum=c.momentum,
         )
 
     @torch.no_grad()
@@ -142,20 +148,30 @@ class SelfModifyingTitans(Mixer):
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
 
 
-def initial_memory(name: str, config: HopeConfig, hidden: int) -> tuple[Tensor, Tensor]:
-    """Initial weights w1 (H, out, N) and w2 (H, N, D) of one memory.
+def initial_memory(name: str, config: HopeConfig) -> tuple[Tensor, ...]:
+    """Initial weights w1 (H, out, N) and w2 (H, N, D) of one memory, or w (H, out, D) of a matrix memory.
 
     Everything that a memory reads has unit norm, so w2 has entries of unit variance: a hidden layer at unit scale, bent
-    enough to tell keys apart. w1 then makes outputs of norm `memory_gain`, comparable to what one write adds.
+    enough to tell keys apart. The last layer then makes outputs of norm `memory_gain` (`projection_gain` for those that
+    make projections), comparable to what one write adds.
     """
     heads, width = config.heads, config.head_width
     out = 1 if name in SCALAR_MEMORIES else width
-    w1 = torch.randn(heads, out, hidden) * config.memory_gain * (hidden * out) ** -0.5
+    gain = config.memory_gain if name == "memory" or config.projection_gain is None else config.projection_gain
+    if config.memory == "matrix":
+        return (torch.randn(heads, out, width) * gain * out**-0.5,)
+    hidden = config.memory_width or width
+    w1 = torch.randn(heads, out, hidden) * gain * (hidden * out) ** -0.5
     return w1, torch.randn(heads, hidden, width)
 
 
 def retention_biases(config: HopeConfig) -> Tensor:
-    """alpha_bias of each head (H,): fixed, or retention horizons 1 / (1 - alpha) spread evenly in their logarithm."""
+    """alpha_bias of each head (H,): fixed, or retention horizons 1 / (1 - alpha) spread evenly in their logarithm.
+
+    Infinity without retention, the bias of a gate that is always 1.
+    """
+    if not config.retention:
+        return torch.full((config.heads,), math.inf)
     if config.alpha_bias is not None:
         return torch.full((config.heads,), float(config.alpha_bias))
     low, high = (math.log(horizon) for horizon in config.horizons)
