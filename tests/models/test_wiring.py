@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from nestling.memory import MEMORIES, MemoryState, memory_gates, self_modifying_scan
 from nestling.models import build
+from nestling.models.cms import Level
 from nestling.models.hope import mixers, retention_biases, set_chunk_size
-from nestling.models.skeleton import Level
 from nestling.optim import COMPONENTS, Levels
 
 SKELETON = {"vocab_size": 61, "width": 32, "layers": 1, "heads": 2, "dtype": "float64"}
@@ -16,7 +16,14 @@ HOPE = {"name": "hope", "chunk_size": 8, "projection_chunk_size": 12, "eta_bias"
 TRANSFORMER = {"name": "transformer", "rope_base": 100.0, "mlp_width": 24}
 #: Fields of the configuration that the operation takes as they are.
 PASSED_ON = "chunk_size projection_chunk_size eta_bias objective erase step_size read decay_to write".split()
-SHAPES = [{}, {"conv_width": 2}, {"memory_width": 24}, {"tie_head": True}, {"level_widths": []}]
+SHAPES = [
+    {},
+    {"conv_width": 2},
+    {"memory_width": 24},
+    {"tie_head": True},
+    {"level_widths": []},
+    {"level_variant": "nested"},
+]
 SWITCHES = [
     {"chunk_size": 16},
     {"projection_chunk_size": 5},
@@ -146,15 +153,16 @@ def test_every_switch_changes_the_logits(change):
     assert (usual - changed).abs().max() > 1e-3
 
 
-def test_levels_are_applied_and_listed_fastest_first():
-    model, applied = tiny(**{**HOPE, "layers": 2}), []
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+def test_levels_are_applied_and_listed_fastest_first(variant):
+    model, applied = tiny(**{**HOPE, "layers": 2, "level_variant": variant}), []
     for part in model.modules():
         if isinstance(part, Level):
-            part.register_forward_hook(lambda level, *_: applied.append(level.into.out_features))
+            part.register_forward_hook(lambda level, *_: applied.append(level))
     model(tokens())
-    assert applied == [24, 40, 24, 40]
-    for level, listed in enumerate(model.level_parameters()):
-        own = [p for block in model.blocks for p in block.feed_forward[level].parameters()]
+    assert [level.into.out_features for level in applied] == [24, 40, 24, 40]
+    for number, listed in enumerate(model.level_parameters()):
+        own = [p for level in applied[number::2] for p in level.parameters()]
         assert list(map(id, listed)) == list(map(id, own))
 
 

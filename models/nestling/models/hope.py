@@ -1,6 +1,6 @@
 """HOPE: self-modifying Titans followed by a Continuum Memory System (arXiv:2512.24695, Eq. 94-97).
 
-`x += Out(gate * Norm(SelfModifyingTitans(Conv(Norm(x)))))`, then one residual MLP per level, fastest first. No
+`x += Out(gate * Norm(SelfModifyingTitans(Conv(Norm(x)))))`, then the Continuum Memory System's levels. No
 positional encoding. Each head owns five small memories whose initial weights are trained through their own updates.
 Parameters of a block of width d with H heads of width D and memories of width N, besides norms and levels:
 4 d^2 + conv_width d + H N (8 D + 2). Every row of the ablation (Table 6) is a setting of `HopeConfig`.
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from nestling.memory import MemoryState, memory_gates, self_modifying_scan
 from nestling.memory.rule import l2norm
 from nestling.memory.state import ALL_MEMORIES, SCALAR_MEMORIES
+from nestling.models.cms import continuum_memory
 from nestling.models.config import HopeConfig
 from nestling.models.convolution import ShortConvolution
-from nestling.models.skeleton import LanguageModel, Level, Mixer, linear
+from nestling.models.skeleton import LanguageModel, Mixer, linear
 
 
 def hope(config: HopeConfig) -> LanguageModel:
@@ -30,7 +31,7 @@ def hope(config: HopeConfig) -> LanguageModel:
         config,
         lambda: (
             SelfModifyingTitans(config, depth),
-            [Level(config.width, hidden, depth) for hidden in config.level_widths],
+            continuum_memory(config.width, config.level_widths, depth, config.level_variant),
         ),
     )
 

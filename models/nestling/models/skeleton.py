@@ -13,7 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nestling.models.cms import Level
 from nestling.models.config import SkeletonConfig
+from nestling.models.layers import linear
+
+__all__ = ["Block", "LanguageModel", "Mixer", "linear"]
 
 
 class Mixer(nn.Module):
@@ -93,31 +97,10 @@ class LanguageModel(nn.Module):
 
     def level_parameters(self) -> list[list[nn.Parameter]]:
         """The parameters of each Continuum Memory System level, fastest first; empty for a model without one."""
-        parts = [[part for part in block.feed_forward if isinstance(part, Level)] for block in self._blocks()]
-        return [[p for part in level for p in part.parameters()] for level in zip(*parts, strict=True)]
+        blocks = [
+            [part for part in block.feed_forward.modules() if isinstance(part, Level)] for block in self._blocks()
+        ]
+        return [[p for part in level for p in part.parameters()] for level in zip(*blocks, strict=True)]
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]
-
-
-class Level(nn.Module):
-    """One level of a Continuum Memory System: W_out silu(W_in norm(x)) (arXiv:2512.24695, Eq. 70).
-
-    Its parameters move at the level's own period; see `nestling.optim.Levels`.
-    """
-
-    def __init__(self, width: int, hidden: int, depth: int) -> None:
-        super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
-        self.into = linear(width, hidden)
-        self.out = linear(hidden, width, gain=depth**-0.5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.out(nn.functional.silu(self.into(self.norm(x))))
-
-
-def linear(width_in: int, width_out: int, gain: float = 1.0) -> nn.Linear:
-    """A bias-free linear layer with entries of standard deviation gain / sqrt(width_in)."""
-    layer = nn.Linear(width_in, width_out, bias=False)
-    nn.init.normal_(layer.weight, std=gain * width_in**-0.5)
-    return layer

@@ -18,7 +18,7 @@ from yaml import YAMLError
 
 from nestling.config.build import ConfigError, build, holds_text, model_class, unknown_key
 from nestling.config.schema import JobConfig
-from nestling.models.config import HopeConfig
+from nestling.models.config import LevelsConfig
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +204,7 @@ def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
             training.warmup_steps,
             training.steps,
         )
-    if isinstance(config.model, HopeConfig):
+    if isinstance(config.model, LevelsConfig):
         widths = config.model.level_widths
         if given["model"].get("level_widths", widths) != widths:
             log.warning("model.level_widths is not used: the widths come from levels: %s", widths)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from nestling.config.optimizers import OptimizersConfig
-from nestling.models.config import HopeConfig, SkeletonConfig
+from nestling.models.config import HopeConfig, LevelsConfig, SkeletonConfig
 
 
 def _need(where: str, config: object, needs: str, holds: Callable[[float], bool], *names: str) -> None:
@@ -319,7 +319,7 @@ class JobConfig:
             )
         self._check_levels()
         self._check_batch()
-        if isinstance(self.model, HopeConfig):
+        if isinstance(self.model, LevelsConfig):
             self.model.level_widths = [level.width for level in self.levels if level.width is not None]
 
     def _check_levels(self) -> None:

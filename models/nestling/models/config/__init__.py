@@ -6,6 +6,7 @@ A configuration is checked when it is made: what is wrong, what is needed and ho
 
 from nestling.models.config.attention import TransformerConfig
 from nestling.models.config.hope import HopeConfig
+from nestling.models.config.levels import LevelsConfig
 from nestling.models.config.recurrent import (
     DeltaNetConfig,
     GatedDeltaNetConfig,
@@ -20,6 +21,7 @@ __all__ = [
     "DeltaNetConfig",
     "GatedDeltaNetConfig",
     "HopeConfig",
+    "LevelsConfig",
     "LinearAttentionConfig",
     "LstmConfig",
     "Mamba2Config",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from nestling.models.config.skeleton import SkeletonConfig, check_choice, require
+from nestling.models.config.levels import LevelsConfig
+from nestling.models.config.skeleton import check_choice, require
 
 #: What a model may make with memories of their own, beside the memory that is read.
 PROJECTIONS = ("key", "value", "query", "eta", "alpha")
 
 
 @dataclass
-class HopeConfig(SkeletonConfig):
+class HopeConfig(LevelsConfig):
     """HOPE: short convolution, self-modifying Titans, Continuum Memory System (arXiv:2512.24695, Eq. 94-97)."""
 
     name: str = "hope"
@@ -60,9 +61,6 @@ class HopeConfig(SkeletonConfig):
     decay_to: str = "initial"
     #: Which layers are written: all or last (w1 only); a matrix memory is written either way.
     write: str = "last"
-    #: Hidden widths of the Continuum Memory System's levels, fastest first; filled from the job's `levels`. Empty: no
-    #: CMS (Table 6).
-    level_widths: list[int] = field(default_factory=lambda: [192, 192])
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -71,11 +69,10 @@ class HopeConfig(SkeletonConfig):
         for name in ("projection_chunk_size", "memory_width"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"model.{name}: got {value}, needs at least 1 (or null)")
-        for name in ("redraw_chunk_sizes", "level_widths"):
-            values = getattr(self, name)
-            require(
-                all(value >= 1 for value in values), f"model.{name}: got {list(values)}, every entry needs at least 1"
-            )
+        require(
+            all(value >= 1 for value in self.redraw_chunk_sizes),
+            f"model.redraw_chunk_sizes: got {list(self.redraw_chunk_sizes)}, every entry needs at least 1",
+        )
         for name in ("memory_gain", "projection_gain"):
             value = getattr(self, name)
             require(value is None or value > 0, f"model.{name}: got {value}, needs more than 0")
