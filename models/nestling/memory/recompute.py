@@ -74,7 +74,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, grad_outputs: Tensor, *grad_carry: Any) -> Any:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "backend='chunked' has no second derivative (create_graph=True); backend='reference' has one"
+                "backend='chunked' has no second derivative (create_graph=True); backend='reference' has one, "
+                "`nestling.models.hope.set_backend(model, 'reference')` puts it into a model"
             )
         # As in the forward pass, whatever the caller's autocast says now.
         with torch.autocast(grad_outputs.device.type, enabled=False):

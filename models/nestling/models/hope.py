@@ -54,6 +54,8 @@ class SelfModifyingTitans(Mixer):
 
     #: With False every step size is zero: the control that shows what the writes are worth.
     writes: bool = True
+    #: Implementation of the memories' scan; see `self_modifying_scan` and `set_backend`.
+    backend: str = "auto"
     #: A list here collects (mean eta, mean alpha) of every call; see `nestling.evaluation`.
     gate_log: list[tuple[float, float]] | None = None
     #: Bias of each head's retention gate (H,).
@@ -121,6 +123,7 @@ class SelfModifyingTitans(Mixer):
             write=c.write,
             adaptive=self.adaptive,
             momentum=c.momentum,
+            backend=self.backend,
         )
 
     @torch.no_grad()
@@ -190,3 +193,9 @@ def set_chunk_size(model: nn.Module, chunk_size: int | None) -> None:
         own = mixer.config
         mixer.chunk_size = own.chunk_size if chunk_size is None else chunk_size
         mixer.projection_chunk_size = own.projection_chunk_size if chunk_size is None else None
+
+
+def set_backend(model: nn.Module, backend: str) -> None:
+    """Run every memory of the model on this backend: "auto", "chunked" or "reference" (slow; differentiable twice)."""
+    for mixer in mixers(model):
+        mixer.backend = backend
