@@ -18,6 +18,7 @@ from nestling.models.config import (
     LstmConfig,
     Mamba2Config,
     SkeletonConfig,
+    TitansConfig,
     TransformerConfig,
 )
 from nestling.models.delta_net import delta_net, gated_delta_net, linear_attention
@@ -25,6 +26,7 @@ from nestling.models.hope import hope
 from nestling.models.lstm import lstm
 from nestling.models.mamba2 import mamba2
 from nestling.models.skeleton import LanguageModel
+from nestling.models.titans import titans
 from nestling.models.transformer import transformer
 
 #: What makes a model of each configuration class.
@@ -36,6 +38,7 @@ BUILDERS: dict[type[SkeletonConfig], Callable[[Any], LanguageModel]] = {
     LinearAttentionConfig: linear_attention,
     Mamba2Config: mamba2,
     LstmConfig: lstm,
+    TitansConfig: titans,
 }
 
 

@@ -15,6 +15,7 @@ from nestling.models.config.recurrent import (
     Mamba2Config,
 )
 from nestling.models.config.skeleton import SkeletonConfig
+from nestling.models.config.titans import TitansConfig
 
 __all__ = [
     "MODEL_CONFIGS",
@@ -26,6 +27,7 @@ __all__ = [
     "LstmConfig",
     "Mamba2Config",
     "SkeletonConfig",
+    "TitansConfig",
     "TransformerConfig",
 ]
 
@@ -38,4 +40,5 @@ MODEL_CONFIGS: dict[str, type[SkeletonConfig]] = {
     "linear_attention": LinearAttentionConfig,
     "mamba2": Mamba2Config,
     "lstm": LstmConfig,
+    "titans": TitansConfig,
 }
