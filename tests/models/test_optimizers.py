@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from nestling.optim import (
     M3,
@@ -308,6 +309,18 @@ def test_the_gradient_of_the_input_is_untouched():
     assert not torch.allclose(layer.weight.grad, plain.weight.grad)
 
 
+def test_recomputed_activations_change_nothing():
+    layer, x, _ = layer_and_data()
+    watch_inputs(layer)
+    DeltaGradientDescent(layer.parameters(), lr=0.3)
+    gradients = []
+    for forward in (layer, lambda inputs: checkpoint(layer, inputs, use_reentrant=False)):
+        layer.zero_grad()
+        forward(x).square().sum().backward()
+        gradients.append(layer.weight.grad.clone())
+    assert torch.equal(*gradients)
+
+
 def test_a_matrix_that_nobody_watches_is_refused():
     layer = nn.Linear(4, 3)
     with pytest.raises(ValueError, match=r"shape \(3, 4\) whose inputs nobody watches, needs nestling.optim.watch_inp"):
@@ -375,3 +388,14 @@ def test_a_group_has_the_settings_of_its_own_rule():
     assert levels.param_groups[1]["betas"] == (0.5, 0.6)
     assert [group["eps"] for group in levels.param_groups] == [1e-4, 1e-4]
     assert "slow_period" not in levels.param_groups[1]
+
+
+@pytest.mark.parametrize("make", [M3, Muon, DeltaMomentum])
+def test_a_shard_is_not_taken_for_a_vector(make):
+    """As ZeRO does it: the parameters of a group are replaced by a flat shard of them."""
+    optimizer = make([nn.Parameter(torch.ones(2, 2))], lr=0.1)
+    shard = nn.Parameter(torch.ones(2))
+    shard.grad = torch.ones(2)
+    optimizer.param_groups[0]["params"] = [shard]
+    with pytest.raises(RuntimeError, match="none of the parameters it was made with, such as a flat shard of ZeRO"):
+        optimizer.step()

@@ -11,8 +11,9 @@ import torch.multiprocessing as mp
 
 from nestling.config import from_yaml, load, to_yaml
 from nestling.data import Corpus, prepare
-from nestling.optim import newton_schulz
+from nestling.optim import Muon, matrix_groups, newton_schulz
 from nestling.optim.matrices import Unsharded
+from nestling.training.engine import full_weights
 from nestling.training.matrices import ShardedMatrices, Stretch
 
 pytestmark = pytest.mark.slow
@@ -124,6 +125,35 @@ def partitioning(usual):
     return settings
 
 
+def muon_in_an_engine_of_its_own(stage, matrices=True):
+    """Weights after five steps of `Muon`, as anybody would use it with DeepSpeed; stage None: with torch alone."""
+    import deepspeed
+
+    from nestling.training.engine import see_whole_matrices
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    optimizer, x = Muon(matrix_groups(model), lr=0.01), torch.randn(8, 7)
+    if stage is None:
+        for _ in range(5):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        return [parameter.detach() for parameter in model.parameters()]
+    settings = {
+        "train_micro_batch_size_per_gpu": 8,
+        "zero_optimization": {"stage": stage, "overlap_comm": False, "stage3_param_persistence_threshold": 0},
+        "zero_allow_untested_optimizer": True,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    if matrices:
+        see_whole_matrices(engine, 100)
+    for _ in range(5):
+        engine.backward(engine(x).square().mean())
+        engine.step()
+    return list(full_weights(engine, keep=True).values())
+
+
 def worker(rank, world, place, jobs, folder, resumed):
     """One process of `world`: trains every job and leaves its weights; the `resumed` ones begin at RESUMED's middle."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
@@ -131,13 +161,15 @@ def worker(rank, world, place, jobs, folder, resumed):
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/init{world}", rank=rank, world_size=world)
     from nestling.checkpoint import Store
     from nestling.training import engine
-    from nestling.training.engine import full_weights
     from nestling.training.keeper import Keeper
     from nestling.training.loop import Training
 
     engine.engine_settings, results = partitioning(engine.engine_settings), {}
     if world == 2:
         results["matrices"] = matrices_of_two_ranks(rank)
+        results["muon"] = [muon_in_an_engine_of_its_own(stage) for stage in (None, 0, 2, 3)]
+        with pytest.raises(RuntimeError, match="call nestling.training.engine.see_whole_matrices"):
+            muon_in_an_engine_of_its_own(2, matrices=False)
 
     def training_of(label):
         return Training(from_yaml(jobs[label]), Corpus.open(folder), torch.device("cpu"), rank, world)
@@ -239,3 +271,10 @@ def test_matrices_of_any_cut_are_whole(probes):
     worst, gathered = probes[2]["matrices"]
     assert worst < 1e-12
     assert gathered[0] <= 2 * 36 and gathered[1] <= 80 < gathered[2]  # a bucket of 1 holds one matrix of two tensors
+
+
+def test_an_engine_of_ones_own_can_see_whole_matrices(probes):
+    plain, *staged = probes[2]["muon"]
+    for weights in staged:
+        for mine, right in zip(weights, plain, strict=True):
+            torch.testing.assert_close(mine, right, rtol=1e-5, atol=1e-6)

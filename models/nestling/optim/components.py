@@ -29,6 +29,8 @@ class Component:
     settings: Mapping[str, Any] = field(default_factory=dict)
     #: The rule is for matrices; vectors and what has `matrix=False` move by AdamW.
     matrices_only: bool = False
+    #: The rule works on whole matrices, see `nestling.optim.matrices.Whole`.
+    sees_whole: bool = False
     #: Called with every new group of the rule.
     prepare: Callable[[dict[str, Any]], None] = _nothing
 
@@ -47,13 +49,15 @@ COMPONENTS: dict[str, Component] = {
             "mode": "ema",
         },
         matrices_only=True,
+        sees_whole=True,
     ),
     "muon": Component(
         muon,
         {"momentum": 0.95, "nesterov": True, "ns_steps": 5, "betas": (0.9, 0.95), "eps": 1e-8},
         matrices_only=True,
+        sees_whole=True,
     ),
-    "delta_momentum": Component(delta_momentum, {"momentum": 0.9}),
+    "delta_momentum": Component(delta_momentum, {"momentum": 0.9}, sees_whole=True),
     "deep_momentum": Component(deep_momentum, {"betas": (0.9, 0.999), "hidden": 2, "eps": 1e-8}),
     "delta_gradient_descent": Component(descent, prepare=bind),
 }

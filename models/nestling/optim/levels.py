@@ -50,6 +50,9 @@ class Levels(torch.optim.Optimizer):
     """
 
     whole: Whole = Unsharded()
+    _settings: dict[str, Any]
+    #: ids of the parameters that the optimizer was made with.
+    _given: set[int]
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class Levels(torch.optim.Optimizer):
         """Add a level, or parameters to a level of the same name. Raises ValueError as the constructor does."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        self.__dict__.setdefault("_given", set()).update(map(id, group["params"]))
         _check(group)
         component = COMPONENTS[group["optimizer"]]
         for setting, default in component.settings.items():
@@ -103,7 +107,8 @@ class Levels(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_settings", {})  # torch leaves it out of copies
+        self.__dict__.setdefault("_settings", {})  # torch leaves both out of copies
+        self.__dict__.setdefault("_given", {id(p) for group in self.param_groups for p in group["params"]})
         self.moved, self.paused = {}, False
         self.updates = {group["name"]: 0 for group in self.param_groups}
         for group in self.param_groups:
@@ -146,6 +151,8 @@ class Levels(torch.optim.Optimizer):
         if gradient is None or not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):
             return
         state["updates"] += 1
+        if id(parameter) not in self._given and isinstance(self.whole, Unsharded):
+            _refuse_shards(group)
         rule = rule_of(group, parameter, self.whole)
         change = rule(parameter, gradient, state, group, self.whole)
         parameter.add_(change)
@@ -179,3 +186,12 @@ def _check(group: dict[str, Any]) -> None:
         raise ValueError(f"tokens_per_step of {level}: got {group['tokens_per_step']!r}, needs the tokens of one step")
     if group["optimizer"] not in COMPONENTS:
         raise ValueError(f"optimizer of {level}: got {group['optimizer']!r}, needs one of {', '.join(COMPONENTS)}")
+
+
+def _refuse_shards(group: dict[str, Any]) -> None:
+    if COMPONENTS[group["optimizer"]].sees_whole:
+        raise RuntimeError(
+            f"{group['optimizer']} of level {group['name']!r}: got a tensor that is none of the parameters it was made "
+            "with, such as a flat shard of ZeRO, and needs whole matrices: call "
+            "nestling.training.engine.see_whole_matrices(engine, bucket) after deepspeed.initialize"
+        )

@@ -43,23 +43,29 @@ def make_engine(model: nn.Module, groups: list[dict[str, Any]], config: JobConfi
     """Wrap the model; `engine.optimizer` holds the sharded `Levels`."""
     deepspeed = _import_deepspeed(config.training.device == "cuda")
     settings = engine_settings(config, world_size)
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}  # ZeRO 3 empties them
     if any(group["optimizer"] == "delta_gradient_descent" for group in groups):
         watch_inputs(model, accumulation=settings["gradient_accumulation_steps"])
     optimizer = Levels(groups, lr=config.training.learning_rate)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    if engine.zero_optimization():
-        optimizer.whole = ShardedMatrices(_stretches(engine, shapes), config.optimizers.bucket)
+    see_whole_matrices(engine, config.optimizers.bucket)
     return engine
 
 
-def _stretches(engine: Any, shapes: dict[str, tuple[int, ...]]) -> dict[torch.Tensor, list[Stretch]]:
-    """What this rank holds of each parameter, by ZeRO's flat partition."""
+def see_whole_matrices(engine: Any, bucket: int) -> None:
+    """Let the `Levels` of any DeepSpeed engine, M3 and Muon among them, see whole matrices in ZeRO's flat partitions.
+
+    Args:
+        engine: what `deepspeed.initialize` has made; all ranks must call this.
+        bucket: see `ShardedMatrices`.
+    """
+    if not engine.zero_optimization():
+        return
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in engine.module.named_parameters()}
     held: dict[torch.Tensor, list[Stretch]] = {}
     for share in shares(engine):
         stretch = Stretch(shapes[share.name], share.start, share.length, share.offset)
         held.setdefault(share.master, []).append(stretch)
-    return held
+    levels_of(engine).whole = ShardedMatrices(held, bucket)
 
 
 def levels_of(engine: Any) -> Levels:
