@@ -232,6 +232,15 @@ def test_mistakes(job: Path, override: str, message: str, monkeypatch: pytest.Mo
     assert message in str(error.value)
 
 
+def test_nested_levels_fit_into_each_other(job: Path) -> None:
+    config = load(job, ["model.level_variant=nested", "levels.0.period=2"])
+    assert config.model.level_variant == "nested"  # type: ignore[attr-defined]
+    for change in ("levels.0.period=3", "levels.1.unit=tokens"):
+        with pytest.raises(ConfigError, match="level_variant=nested needs each period to be a multiple of the one bef"):
+            load(job, ["model.level_variant=nested", change])
+        load(job, [change])
+
+
 def test_a_separator_that_the_tokenizer_does_not_have(job: Path, tmp_path: Path) -> None:
     Tokenizer.bytes().save(tmp_path / "tokenizer.json")
     with pytest.raises(ConfigError, match="its vocabulary has no token '</s>'; name one that it has"):

@@ -12,6 +12,7 @@ TINY = [
     "model.layers=1",
     "model.heads=2",
     "model.chunk_size=16",
+    "model.level_variant=nested",
     "levels=[{width: 32, period: 1}, {width: 32, period: 3, optimizer: sgd, learning_rate: 0.05}, "
     "{parameters: [embedding*], period: 5}]",
     "data.sequence_length=32",

@@ -262,6 +262,17 @@ def test_every_parameter_is_in_one_level(job):
     assert sorted(words) == sorted([id(model.embedding.weight), id(model.head.weight)])
 
 
+@pytest.mark.parametrize("variant", ["sequential", "nested", "independent"])
+def test_nested_levels_are_inside_the_next_one(job, variant):
+    levels = "levels=[{width: 8}, {parameters: [head*], period: 2}, {width: 8, period: 3}, {width: 8, period: 9}]"
+    config = job(f"model.level_variant={variant}", levels)
+    groups = parameter_groups(build(replace(config.model, vocab_size=257)), config)
+    inside = {"level1": "level3", "level3": "level4"} if variant == "nested" else {}
+    assert {group["name"]: group.get("slower") for group in groups} == {
+        name: inside.get(name) for name in ("level1", "level2", "level3", "level4", "base")
+    }
+
+
 def test_a_level_of_nothing_is_refused(job):
     config = job("levels=[{parameters: [embeding*]}]")
     with pytest.raises(ConfigError, match=r"level level1: no parameter .* matches \['embeding\*'\]"):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nestling.optim.components import COMPONENTS, SETTINGS, check_settings, rule_of
 from nestling.optim.matrices import Unsharded, Whole
+from nestling.optim.nested import enclosing, remember, reset
 
 UNITS = ("steps", "tokens")
 
@@ -36,6 +37,7 @@ class Levels(torch.optim.Optimizer):
             delta_gradient_descent; set it to False for embeddings and heads (`matrix_groups` does). What is no matrix
             moves by AdamW in m3 and muon, by plain gradient descent in delta_gradient_descent.
         weight_decay: decoupled, applied when the level moves.
+        slower: name of the level that this one is nested in, see `nestling.optim.nested`; None: it is in none.
         settings: of the rules, such as `betas` or `momentum`, each for the groups whose rule has it:
             `betas=(0.9, 0.999)` and `eps=1e-8` of "adamw", `momentum=0` of "sgd", those of M3, Muon, ... of the others.
 
@@ -66,6 +68,7 @@ class Levels(torch.optim.Optimizer):
         optimizer: str = "adamw",
         matrix: bool = True,
         weight_decay: float = 0.0,
+        slower: str | None = None,
         **settings: Any,
     ) -> None:
         unknown = sorted(settings.keys() - set(SETTINGS))
@@ -81,8 +84,11 @@ class Levels(torch.optim.Optimizer):
             optimizer=optimizer,
             matrix=matrix,
             weight_decay=weight_decay,
+            slower=slower,
         )
         super().__init__(params, defaults)
+        for group in self._groups:
+            enclosing(group, self._groups)
         self.updates: dict[str, int] = {group["name"]: 0 for group in self.param_groups}
         self.moved: dict[str, Tensor] = {}
         self.paused = False
@@ -90,6 +96,7 @@ class Levels(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a level, or parameters to a level of the same name. Raises ValueError as the constructor does."""
         super().add_param_group(param_group)
+        self._groups = [*self.param_groups]  # all of them, also while ZeRO steps group by group
         group = self.param_groups[-1]
         self.__dict__.setdefault("_given", set()).update(map(id, group["params"]))
         _check(group)
@@ -109,6 +116,7 @@ class Levels(torch.optim.Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_settings", {})  # torch leaves both out of copies
         self.__dict__.setdefault("_given", {id(p) for group in self.param_groups for p in group["params"]})
+        self._groups = [*self.param_groups]
         self.moved, self.paused = {}, False
         self.updates = {group["name"]: 0 for group in self.param_groups}
         for group in self.param_groups:
@@ -148,14 +156,19 @@ class Levels(torch.optim.Optimizer):
                 state["accumulator"].add_(gradient)
                 state["filled"] = True
             gradient = state["accumulator"] if state["filled"] else None
-        if gradient is None or not due(state["steps"], group["period"], group["unit"], group["tokens_per_step"]):
+        if gradient is None or not _due(state["steps"], group):
             return
         state["updates"] += 1
         if id(parameter) not in self._given and isinstance(self.whole, Unsharded):
             _refuse_shards(group)
+        slower = enclosing(group, self._groups)
+        if slower is not None:
+            remember(parameter, gradient, state)
         rule = rule_of(group, parameter, self.whole)
         change = rule(parameter, gradient, state, group, self.whole)
         parameter.add_(change)
+        if slower is not None and _due(state["steps"], slower):
+            change = change + reset(parameter, state, slower, self.whole)
         if "accumulator" in state:
             state["accumulator"].zero_()
             state["filled"] = False
@@ -170,6 +183,10 @@ def due(steps: int, period: int, unit: str = "steps", tokens_per_step: int | Non
         return steps % period == 0
     assert tokens_per_step is not None
     return steps * tokens_per_step // period > (steps - 1) * tokens_per_step // period
+
+
+def _due(steps: int, group: dict[str, Any]) -> bool:
+    return due(steps, group["period"], group["unit"], group["tokens_per_step"])
 
 
 def _every_step(group: dict[str, Any]) -> bool:

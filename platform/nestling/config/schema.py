@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from nestling.config.optimizers import OptimizersConfig
@@ -31,6 +32,15 @@ def _need_name(where: str, value: str) -> None:
         raise ValueError(
             f"{where}: got {value!r}, needs letters, digits, '_', '-' and '.' only, and a letter or digit first"
         )
+
+
+def _need_nesting(levels: list[LevelConfig]) -> None:
+    for fast, slow in pairwise(levels):
+        if fast.unit != slow.unit or slow.period % fast.period:
+            raise ValueError(
+                f"levels: got {fast.name} every {fast.period} {fast.unit}, then {slow.name} every {slow.period} "
+                f"{slow.unit}; model.level_variant=nested needs each period to be a multiple of the one before"
+            )
 
 
 def _need_different(where: str, what: str, names: list[str | None]) -> None:
@@ -327,6 +337,8 @@ class JobConfig:
             level.check(f"levels.{place}")
             level.name = level.name or f"level{place + 1}"
         _need_different("levels", "level", [level.name for level in self.levels])
+        if isinstance(self.model, LevelsConfig) and self.model.level_variant == "nested":
+            _need_nesting([level for level in self.levels if level.width is not None])
 
     def _check_batch(self) -> None:
         training, length = self.training, self.data.sequence_length

@@ -7,11 +7,13 @@ The Continuum Memory System's levels come with the model; other levels name para
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from typing import Any
 
 from torch import nn
 
 from nestling.config import ConfigError, JobConfig, LevelConfig
+from nestling.models.config import LevelsConfig
 from nestling.models.skeleton import LanguageModel
 from nestling.optim import COMPONENTS, is_matrix
 
@@ -41,7 +43,17 @@ def parameter_groups(model: LanguageModel, config: JobConfig) -> list[dict[str, 
                 )
         members.append((level, {name: left.pop(name) for name in chosen}))
     members.append((LevelConfig(name="base", optimizer=config.training.optimizer), left))
-    return [group for level, parameters in members for group in _groups(level, parameters, config)]
+    groups = [group for level, parameters in members for group in _groups(level, parameters, config)]
+    return _nested(groups, config)
+
+
+def _nested(groups: list[dict[str, Any]], config: JobConfig) -> list[dict[str, Any]]:
+    """In the nested variant, each level of the Continuum Memory System is inside the next one (Eq. 72)."""
+    if not isinstance(config.model, LevelsConfig) or config.model.level_variant != "nested":
+        return groups
+    names = [level.name for level in config.levels if level.width is not None]
+    slower = dict(pairwise(names))
+    return [{**group, "slower": slower.get(group["name"])} for group in groups]
 
 
 def _groups(level: LevelConfig, parameters: dict[str, nn.Parameter], config: JobConfig) -> list[dict[str, Any]]:
