@@ -21,6 +21,7 @@ from nestling.jobs.doctor import doctor
 from nestling.jobs.evaluate import evaluate
 from nestling.jobs.export import export
 from nestling.jobs.generate import generate
+from nestling.jobs.levels import levels
 from nestling.jobs.output import log_to_terminal
 from nestling.jobs.resume import resume
 from nestling.jobs.runs import runs
@@ -60,7 +61,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show where an e
     log_to_terminal(logging.DEBUG if debug else logging.INFO)
 
 
-for _verb in (train, resume, evaluate, generate, export, runs, ui, config, doctor, tokenizer):
+for _verb in (train, resume, evaluate, generate, export, runs, levels, ui, config, doctor, tokenizer):
     app.command()(_verb)
 
 

@@ -11,10 +11,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.memory.rule import l2norm
+from nestling.models.component import Component
 from nestling.models.config import DeltaNetConfig, GatedDeltaNetConfig, LinearAttentionConfig
 from nestling.models.config.recurrent import FastWeightConfig
 from nestling.models.convolution import ShortConvolution
-from nestling.models.fast_weights import Decay, FastWeightState, empty_state, fast_weight_scan, per_head, to_heads
+from nestling.models.fast_weights import (
+    Decay,
+    FastWeightState,
+    empty_state,
+    fast_weight_scan,
+    matrix_memory,
+    per_head,
+    to_heads,
+)
 from nestling.models.skeleton import LanguageModel, Mixer, linear
 from nestling.models.transformer import SwiGLU
 
@@ -48,6 +57,9 @@ class FastWeights(Mixer):
     """
 
     erase = False
+    #: What the memory minimises and how it moves, in the words of Nested Learning.
+    objective = "−⟨M k, v⟩"
+    rule = "gradient descent (Eq. 14-18)"
 
     def __init__(self, config: FastWeightConfig, depth: int) -> None:
         super().__init__()
@@ -62,6 +74,9 @@ class FastWeights(Mixer):
     def features(self, x: Tensor) -> Tensor:
         """Queries or keys (B, H, T, D) from the convolution's outputs."""
         raise TypeError(f"{type(self).__name__} does not define features")
+
+    def components(self, tokens: int) -> list[Component]:
+        return [matrix_memory(self.initial_state(1).memory, self.objective, self.rule, self.erase)]
 
     def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """log alpha and beta (B, H, T) from the block's input (B, T, width), float32 or wider."""
@@ -108,6 +123,8 @@ class DeltaNet(FastWeights):
     """`S_t = S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T` with unit keys (arXiv:2406.06484)."""
 
     erase = True
+    objective = "½‖M k − v‖²"
+    rule = "gradient descent: the delta rule (Eq. 65)"
 
     def __init__(self, config: DeltaNetConfig, depth: int) -> None:
         super().__init__(config, depth)
@@ -124,6 +141,8 @@ class DeltaNet(FastWeights):
 
 class GatedDeltaNet(DeltaNet):
     """`S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T` with unit keys (arXiv:2412.06464, Eq. 10)."""
+
+    rule = "gradient descent with retention: the gated delta rule (Eq. 64-65)"
 
     def __init__(self, config: GatedDeltaNetConfig, depth: int) -> None:
         super().__init__(config, depth)

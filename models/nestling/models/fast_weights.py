@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.memory import delta_scan
+from nestling.models.component import TOKENS, Component
 from nestling.models.convolution import ShortConvolution
 
 #: log(alpha) is raised to this: what a gate of e^-60 lets through is lost in float32, and its inverse is still finite.
@@ -60,6 +61,19 @@ def empty_state(conv: ShortConvolution, batch: int, heads: int, m: int, n: int) 
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
     memory = conv.weight.new_zeros(batch, heads, m, n, dtype=dtype)
     return FastWeightState(conv.weight.new_zeros(batch, taps - 1, channels), memory)
+
+
+def matrix_memory(memory: Tensor, objective: str, rule: str, erase: bool) -> Component:
+    """The matrices S (1, H, m, n) of one sequence as a component: each token decays, writes and reads them."""
+    return Component(
+        name="matrix memory",
+        context=TOKENS,
+        objective=objective,
+        rule=rule,
+        updates_per_token=1.0,
+        state_bytes=memory.numel() * memory.element_size(),
+        flops_per_token=(7 if erase else 5) * memory.numel(),
+    )
 
 
 class Decay(nn.Module):

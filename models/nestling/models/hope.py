@@ -20,6 +20,7 @@ from nestling.memory import MemoryState, memory_gates, self_modifying_scan
 from nestling.memory.rule import l2norm
 from nestling.memory.state import ALL_MEMORIES, SCALAR_MEMORIES
 from nestling.models.cms import continuum_memory
+from nestling.models.component import TOKENS, Component
 from nestling.models.config import HopeConfig
 from nestling.models.convolution import ShortConvolution
 from nestling.models.skeleton import LanguageModel, Mixer, linear
@@ -104,6 +105,40 @@ class SelfModifyingTitans(Mixer):
         read = self.norm(read).transpose(1, 2).flatten(2)
         return self.output(read * F.silu(self.gate(x))), MixerState(tail, memory)
 
+    def components(self, tokens: int) -> list[Component]:
+        rule, weights = self.config, self.initial_state(1).memory.weights
+        objective = "½‖M(k) − M(v)‖², its own value v (Eq. 93)" if rule.objective == "l2" else "−⟨M(k), M(v)⟩ (Eq. 92)"
+        descent = "gradient descent" if rule.erase == "none" else "Delta Gradient Descent"
+        descent += " with momentum" if rule.momentum else ""
+        found = []
+        for name in self.adaptive:
+            chunk = self.chunk_size if name == "memory" else self.projection_chunk_size or self.chunk_size
+            evolving = name == "memory" and rule.read != "boundary"
+            layers = [layer.numel() for layer in weights[name]]
+            written = layers[0] if rule.write == "last" else sum(layers)
+            reads = 6 * sum(layers)  # of k and v for the gradient, and of x or the query
+            errors = 2 * layers[0] if written > layers[0] else 0  # carried back to w2
+            moves = (3 + 2 * (rule.erase != "none") + 3 * (rule.momentum > 0)) * written
+            held = 2 * sum(layers) + written * (rule.momentum > 0)  # weights, snapshot, momentum
+            found.append(
+                Component(
+                    name=f"{_called(name)} memory",
+                    context=TOKENS,
+                    objective=objective,
+                    rule=f"{descent} with retention, errors of chunks of {chunk} (Eq. 57, 88, 90)",
+                    updates_per_token=1.0 if evolving else 1 / chunk,
+                    state_bytes=held * weights[name][0].element_size(),
+                    flops_per_token=reads + errors + moves,
+                )
+            )
+        return found
+
+    def role(self, name: str) -> str:
+        if not name.startswith("memories."):
+            return "projections"
+        memory = name.removeprefix("memories.").rpartition("_")[0]
+        return f"initial {_called(memory)} memory" if memory in self.adaptive else f"static {_called(memory)} memory"
+
     def _scan(self, inputs: Tensor, queries: Tensor, memory: MemoryState) -> tuple[Tensor, MemoryState]:
         c = self.config
         return self_modifying_scan(
@@ -150,6 +185,10 @@ class SelfModifyingTitans(Mixer):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+
+
+def _called(memory: str) -> str:
+    return "main" if memory == "memory" else memory
 
 
 def initial_memory(name: str, config: HopeConfig) -> tuple[Tensor, ...]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from nestling.models.component import TOKENS, Component
 from nestling.models.config import LstmConfig
 from nestling.models.skeleton import LanguageModel, Mixer, linear
 
@@ -49,6 +50,23 @@ class Lstm(Mixer):
     def initial_state(self, batch: int) -> LstmState:
         zeros = self.output.weight.new_zeros(batch, self.cells.hidden_size)
         return LstmState(zeros, zeros)
+
+    def components(self, tokens: int) -> list[Component]:
+        cell = self.initial_state(1).cell
+        return [
+            Component(
+                name="cell",
+                context=TOKENS,
+                objective="none of its own: what the outer loss has trained it to keep",
+                rule="gates (Hochreiter & Schmidhuber 1997)",
+                updates_per_token=1.0,
+                state_bytes=2 * cell.numel() * cell.element_size(),
+                flops_per_token=8.0 * cell.numel(),
+            )
+        ]
+
+    def role(self, name: str) -> str:
+        return "cells" if name.startswith("cells") else "projections"
 
     def forward(self, x: Tensor, state: LstmState | None) -> tuple[Tensor, LstmState]:
         before = self.initial_state(x.shape[0]) if state is None else state

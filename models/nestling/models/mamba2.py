@@ -11,9 +11,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestling.models.component import Component
 from nestling.models.config import Mamba2Config
 from nestling.models.convolution import ShortConvolution
-from nestling.models.fast_weights import Decay, FastWeightState, empty_state, fast_weight_scan, per_head, to_heads
+from nestling.models.fast_weights import (
+    Decay,
+    FastWeightState,
+    empty_state,
+    fast_weight_scan,
+    matrix_memory,
+    per_head,
+    to_heads,
+)
 from nestling.models.skeleton import LanguageModel, Mixer, linear
 
 
@@ -46,6 +55,10 @@ class Mamba2(Mixer):
     def initial_state(self, batch: int) -> FastWeightState:
         c = self.config
         return empty_state(self.conv, batch, c.heads, c.inner // c.heads, c.state_width)
+
+    def components(self, tokens: int) -> list[Component]:
+        memory = self.initial_state(1).memory
+        return [matrix_memory(memory, "−⟨M k, v⟩", "gradient descent with retention (Eq. 64)", erase=False)]
 
     def forward(self, x: Tensor, state: FastWeightState | None) -> tuple[Tensor, FastWeightState]:
         tail, memory = self.initial_state(x.shape[0]) if state is None else state

@@ -7,6 +7,7 @@ shape and its next state; everything that a stream carries lives in those states
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nestling.models.cms import Level
+from nestling.models.component import Component
 from nestling.models.config import SkeletonConfig
 from nestling.models.layers import linear
 
@@ -30,6 +32,14 @@ class Mixer(nn.Module):
     def forward(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """(B, T, width) and the state (None: fresh) to (B, T, width) and the next state."""
         raise TypeError(f"{type(self).__name__} does not define forward")
+
+    def components(self, tokens: int) -> list[Component]:
+        """What learns while it reads, with its state after `tokens` tokens of one sequence."""
+        raise TypeError(f"{type(self).__name__} does not define components")
+
+    def role(self, name: str) -> str:
+        """What the weight called `name` (in this mixer) is for; weights of one role and level are one component."""
+        return "projections"
 
 
 class Block(nn.Module):
@@ -101,6 +111,31 @@ class LanguageModel(nn.Module):
             [part for part in block.feed_forward.modules() if isinstance(part, Level)] for block in self._blocks()
         ]
         return [[p for part in level for p in part.parameters()] for level in zip(*blocks, strict=True)]
+
+    def components(self, tokens: int) -> list[Component]:
+        """What learns while it reads one sequence of `tokens` tokens; the same in several blocks is one component."""
+        together: dict[tuple[str, float], Component] = {}
+        for part in (part for block in self._blocks() for part in block.mixer.components(tokens)):
+            key = part.name, part.updates_per_token
+            if key in together:
+                other = together[key]
+                part = replace(
+                    part,
+                    state_bytes=part.state_bytes + other.state_bytes,
+                    flops_per_token=part.flops_per_token + other.flops_per_token,
+                )
+            together[key] = part
+        return list(together.values())
+
+    def role(self, name: str) -> str:
+        """What the parameter `name` is for: "embedding", "head", "norms", "feed-forward", or a role of its mixer."""
+        first, *rest = name.split(".")
+        if first != "blocks":
+            return "norms" if first == "norm" else first
+        block, part, *inside = rest
+        if part == "mixer":
+            return self._blocks()[int(block)].mixer.role(".".join(inside))
+        return "norms" if part == "norm" else "feed-forward"
 
     def _blocks(self) -> list[Block]:
         return [block for block in self.blocks if isinstance(block, Block)]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nestling.memory import TitansState, titans_scan
 from nestling.memory.rule import l2norm
+from nestling.models.component import TOKENS, Component
 from nestling.models.config import TitansConfig
 from nestling.models.convolution import ShortConvolution
 from nestling.models.fast_weights import per_head, to_heads
@@ -75,6 +76,25 @@ class LongTermMemory(Mixer):
         if self.persistent is not None:
             _, state = self.forward(self.persistent.expand(batch, -1, -1), state)
         return state
+
+    def components(self, tokens: int) -> list[Component]:
+        c, (w1, w2) = self.config, (self.w1.numel(), self.w2.numel())
+        return [
+            Component(
+                name="long-term memory",
+                context=TOKENS,
+                objective="½‖M(k) − v‖² (arXiv:2501.00663, Eq. 12)",
+                rule=f"gradient descent with momentum and decay, errors of chunks of {c.chunk_size} (Eq. 9-14 there)",
+                updates_per_token=1 / c.chunk_size if c.read == "boundary" else 1.0,
+                state_bytes=3 * (w1 + w2) * self.w1.element_size(),  # weights, momentum, snapshot
+                flops_per_token=4 * (w1 + w2) + 2 * w1 + 6 * (w1 + w2),  # reads of k and q, errors, moves
+            )
+        ]
+
+    def role(self, name: str) -> str:
+        if name == "persistent":
+            return "persistent tokens"
+        return "initial long-term memory" if name in ("w1", "w2") else "projections"
 
     def forward(self, x: Tensor, state: LongTermMemoryState | None) -> tuple[Tensor, LongTermMemoryState]:
         tail, memory = self.initial_state(x.shape[0]) if state is None else state

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestling.models.component import TOKENS, Component
 from nestling.models.config import TransformerConfig
 from nestling.models.skeleton import LanguageModel, Mixer, linear
 
@@ -36,6 +37,21 @@ class Attention(Mixer):
     def initial_state(self, batch: int) -> Cache:
         empty = self.qkv.weight.new_zeros(batch, self.config.heads, 0, self.config.head_width)
         return Cache(empty, empty)
+
+    def components(self, tokens: int) -> list[Component]:
+        cache = self.initial_state(1)
+        bytes_a_token = sum(part.shape[1] * part.shape[3] * part.element_size() for part in cache)
+        return [
+            Component(
+                name="attention",
+                context=TOKENS,
+                objective="Σ s(k, q) ‖v − M‖² over the tokens read (Eq. 62)",
+                rule="non-parametric: the minimum in closed form at each token (Eq. 27, 63)",
+                updates_per_token=1.0,
+                state_bytes=tokens * bytes_a_token,
+                flops_per_token=4 * self.config.width * (tokens + 1) / 2,
+            )
+        ]
 
     def forward(self, x: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         past = 0 if state is None else state.keys.shape[2]

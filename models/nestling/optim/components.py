@@ -66,12 +66,17 @@ COMPONENTS: dict[str, Component] = {
 SETTINGS = sorted({name for component in COMPONENTS.values() for name in component.settings})
 
 
-def rule_of(group: dict[str, Any], parameter: Tensor, whole: Whole) -> Rule:
-    """The rule that moves a parameter of a group."""
+def rule_name(group: dict[str, Any], parameter: Tensor, whole: Whole) -> str:
+    """The name of the rule that moves a parameter of a group."""
     component = COMPONENTS[group["optimizer"]]
     if component.matrices_only and not (group["matrix"] and whole.is_matrix(parameter)):
-        return adamw
-    return component.rule
+        return "adamw"
+    return str(group["optimizer"])
+
+
+def rule_of(group: dict[str, Any], parameter: Tensor, whole: Whole) -> Rule:
+    """The rule that moves a parameter of a group."""
+    return COMPONENTS[rule_name(group, parameter, whole)].rule
 
 
 def check_settings(group: dict[str, Any], level: str) -> None:

@@ -133,7 +133,7 @@ class Levels(torch.optim.Optimizer):
                 loss = closure()
         for group in () if self.paused else self.param_groups:
             for parameter in group["params"]:
-                self._take_in(parameter, group)
+                self.take_in(parameter, group)
         return loss
 
     def pop_update_norms(self) -> dict[str, Tensor]:
@@ -141,8 +141,11 @@ class Levels(torch.optim.Optimizer):
         norms, self.moved = self.moved, {}
         return norms
 
-    def _take_in(self, parameter: Tensor, group: dict[str, Any]) -> None:
-        """Count a step; a parameter without any gradient in a whole period stays, as in every torch optimizer."""
+    def take_in(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        """Count a step of one parameter, and move it if its level is due; `step` does so with all of them.
+
+        A parameter without any gradient in a whole period stays, as in every torch optimizer.
+        """
         state = self.state[parameter]
         if not state:
             state.update(steps=0, updates=0)
@@ -187,6 +190,12 @@ def due(steps: int, period: int, unit: str = "steps", tokens_per_step: int | Non
 
 def _due(steps: int, group: dict[str, Any]) -> bool:
     return due(steps, group["period"], group["unit"], group["tokens_per_step"])
+
+
+def tokens_per_move(group: dict[str, Any], tokens_per_step: int) -> int:
+    """Tokens from one move of a level to the next (on average, if steps do not meet its period exactly)."""
+    period: int = group["period"]
+    return period * tokens_per_step if group["unit"] == "steps" else max(period, tokens_per_step)
 
 
 def _every_step(group: dict[str, Any]) -> bool:

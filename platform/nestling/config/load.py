@@ -79,13 +79,22 @@ def pick(overrides: Sequence[str], *allowed: str) -> dict[str, str]:
     return picked
 
 
+def is_job(text: str) -> bool:
+    """Whether a text names a job file, or would if it existed, rather than a run."""
+    path = Path(text)
+    return path.suffix in (".yaml", ".yml") or path.is_file() or _shipped(path).is_file()
+
+
+def _shipped(path: Path) -> Path:
+    """The file in ./jobs that a bare name stands for."""
+    return Path("jobs") / f"{path.name}.yaml" if path.name == str(path) else path
+
+
 def _find(job: str | Path) -> Path:
     path = Path(job)
-    if path.is_file():
-        return path
-    shipped = Path("jobs") / f"{path}.yaml"
-    if path.name == str(path) and shipped.is_file():
-        return shipped
+    for file in (path, _shipped(path)):
+        if file.is_file():
+            return file
     if path.is_dir():
         raise ConfigError(f"{path}: is a folder, needs a job file (YAML)")
     names = ", ".join(sorted(file.stem for file in Path("jobs").glob("*.yaml"))) or "none (there is no jobs/*.yaml)"

@@ -1,0 +1,120 @@
+"""`nestling levels`: a model and its training as nested problems, each at a frequency of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from nestling.config import JobConfig, from_yaml, load
+from nestling.config.load import is_job
+from nestling.jobs.arguments import AsJson, Overrides, found_run
+from nestling.jobs.output import WRONG_USAGE, Stop, print_table, say, verb
+
+if TYPE_CHECKING:
+    from nestling.training.nested import Row
+
+JobOrRun = Annotated[str, typer.Argument(metavar="JOB|RUN", help="A job file or its name, or a run as in other verbs.")]
+
+
+@verb("components", "figure")
+def levels(
+    subject: JobOrRun,
+    overrides: Overrides = None,
+    figure: Annotated[
+        Path | None, typer.Option(help="Picture to write (.png, .svg); by default beside the runs.")
+    ] = None,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
+    """Show every component of a model and its training: what it compresses, how, and how often."""
+    config, picture = _subject(subject, overrides or [])
+    picture = figure or picture
+    from nestling.tracking.levels_figure import levels_figure
+    from nestling.training.nested import nested_view
+
+    rows = nested_view(config)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    levels_figure([(row.component, row.level) for row in rows], picture, f"{config.run.name}: {config.model.name}")
+    if not as_json:
+        print_table(_table(rows))
+        say(f"figure: {picture}")
+    return {"components": [_record(row) for row in rows], "figure": picture}
+
+
+def _subject(subject: str, overrides: list[str]) -> tuple[JobConfig, Path]:
+    """The job with its vocabulary, and where its picture goes."""
+    if is_job(subject):
+        config = load(subject, overrides)
+        return _with_vocabulary(config), Path(config.run.dir).expanduser() / f"levels-{config.run.name}.png"
+    places = [override for override in overrides if override.startswith("run.dir=")]
+    try:
+        folder = found_run(subject, places)
+    except Stop as unknown:
+        raise Stop(f"{subject}: neither a job file nor a run; {unknown}", WRONG_USAGE) from unknown
+    changes = [override for override in overrides if override not in places]
+    return from_yaml(folder.config.read_text(encoding="utf-8"), changes), folder.path / "levels.png"
+
+
+def _with_vocabulary(config: JobConfig) -> JobConfig:
+    if config.model.vocab_size is None:
+        from nestling.data.errors import DataError
+        from nestling.data.preparing import open_tokenizer
+
+        try:
+            config.model.vocab_size = open_tokenizer(config.data).vocab_size
+        except DataError as error:
+            raise Stop(str(error), WRONG_USAGE) from error
+    return config
+
+
+def _record(row: Row) -> dict[str, Any]:
+    part = row.component
+    return {
+        "name": part.name,
+        "level": row.level,
+        "context": part.context,
+        "objective": part.objective,
+        "rule": part.rule,
+        "updates_per_token": part.updates_per_token,
+        "updates_per_step": row.updates_per_step,
+        "parameters": part.parameters,
+        "state_bytes": part.state_bytes,
+        "flops_per_token": part.flops_per_token,
+    }
+
+
+def _table(rows: list[Row]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for heading in ("level", "component", "compresses"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("updates/token", "updates/step", "parameters", "state", "FLOPs/token"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("objective", "rule"):
+        table.add_column(heading)
+    before = None
+    for row in rows:
+        part = row.component
+        table.add_row(
+            str(row.level) if row.level != before else "",
+            part.name,
+            part.context,
+            f"{part.updates_per_token:.3g}",
+            f"{row.updates_per_step:.4g}",
+            f"{part.parameters:,}" if part.parameters else "",
+            _bytes(part.state_bytes) if part.state_bytes else "",
+            f"{part.flops_per_token:,.0f}" if part.flops_per_token else "",
+            part.objective,
+            part.rule,
+        )
+        before = row.level
+    return table
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    return f"{count:,.4g} TiB"

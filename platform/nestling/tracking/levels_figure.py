@@ -1,0 +1,56 @@
+"""The picture of a nested system: how often each component is updated, on a logarithmic axis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from nestling.models.component import GRADIENTS, TOKENS, Component
+
+_INK = "#1f2430"
+_COLOURS = {TOKENS: "#2f6fde", GRADIENTS: "#e4572e"}
+_SAID = {TOKENS: "compresses tokens", GRADIENTS: "compresses gradients"}
+
+
+def levels_figure(parts: Sequence[tuple[Component, int]], path: Path, title: str) -> None:
+    """Draw components and their levels, fastest first, into a picture whose height follows their number.
+
+    Args:
+        parts: components with their levels, from the fastest to the slowest.
+        path: file to write, its suffix giving the format (.png, .svg).
+        title: what stands above.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.6 + 0.27 * len(parts)), dpi=100, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    slowest = min(part.updates_per_token for part, _ in parts)
+    left = slowest / 4
+    levels = [level for _, level in parts]
+    for level in sorted(set(levels)):
+        places = [place for place, other in enumerate(levels) if other == level]
+        if level % 2 == 0:
+            axes.axhspan(places[0] - 0.5, places[-1] + 0.5, color="#f4f5f8", linewidth=0, zorder=0)
+    for context, colour in _COLOURS.items():
+        chosen = [(place, part) for place, (part, _) in enumerate(parts) if part.context == context]
+        if chosen:
+            heights, rates = [place for place, _ in chosen], [part.updates_per_token for _, part in chosen]
+            axes.hlines(heights, left, rates, color=colour, linewidth=1.6, alpha=0.45)
+            axes.plot(rates, heights, "o", color=colour, markersize=7, label=_SAID[context])
+    axes.set_xscale("log")
+    axes.set_xlim(left, 4)
+    axes.set_ylim(len(parts) - 0.4, -0.6)
+    axes.set_yticks(range(len(parts)), [f"{part.name}   {level}" for part, level in parts])
+    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=_INK, pad=14)
+    axes.set_xlabel("updates per token (logarithmic)", fontsize=12, color=_INK)
+    axes.text(-0.002, 1.01, "component   level", transform=axes.transAxes, ha="right", fontsize=10, color="#7a8190")
+    axes.grid(axis="x", color="#e6e8ee", linewidth=1)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=_INK, labelsize=10.5, length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#c9cdd6")
+    axes.legend(loc="lower right", fontsize=11, labelcolor=_INK, framealpha=0.95, edgecolor="none")
+    figure.savefig(path)

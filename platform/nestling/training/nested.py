@@ -1,0 +1,165 @@
+"""A training as the nested system that it is (arXiv:2512.24695, Section 3): every component, from fastest to slowest.
+
+The model and its optimizer are built as a run builds them, but of tensors without memory, and every level is moved
+once: what then lies in the optimizer's state is what a run keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from nestling.config import JobConfig
+from nestling.models import build
+from nestling.models.component import GRADIENTS, TOKENS, Component
+from nestling.models.skeleton import LanguageModel
+from nestling.optim import Levels, watch_inputs
+from nestling.optim.components import rule_name
+from nestling.optim.kept import ACCUMULATOR, START_GRADIENT, Kept, described, kept
+from nestling.optim.levels import tokens_per_move
+from nestling.optim.nested import enclosing
+from nestling.training.groups import parameter_groups
+
+
+@dataclass(frozen=True)
+class Row:
+    """A component, its level (1 is the fastest) and how often it is updated in an optimizer step.
+
+    What compresses one sequence's tokens is updated in each sequence of a step; the count is of one of them.
+    """
+
+    level: int
+    component: Component
+    updates_per_step: float
+
+
+def nested_view(config: JobConfig) -> list[Row]:
+    """Every component of a job whose `model.vocab_size` is known, from the fastest to the slowest.
+
+    Components of one frequency are one level (Definition 2), except that what remembers gradients comes before the
+    weights that move by it: their state at a step needs its state at that step.
+    """
+    tokens, length = config.training.batch_tokens, config.data.sequence_length
+    with torch.device("meta"):
+        model = build(config.model)
+        watch_inputs(model)
+        optimizer = Levels(parameter_groups(model, config), lr=config.training.learning_rate)
+        parts = [(part, length) for part in model.components(length)]
+        parts += [(part, tokens) for part in _trained(model, optimizer, tokens)]
+    parts.sort(key=lambda pair: (*_speed(pair[0]), -pair[0].parameters))
+    speeds = sorted({_speed(part) for part, _ in parts})
+    return [Row(speeds.index(_speed(part)) + 1, part, part.updates_per_token * unit) for part, unit in parts]
+
+
+def _speed(part: Component) -> tuple[float, bool]:
+    return -part.updates_per_token, part.context == TOKENS
+
+
+@dataclass
+class _Trained:
+    """Weights that share level, role and rule, and the operations of reading and of moving them once."""
+
+    group: dict[str, Any]
+    count: int = 0
+    reading: float = 0.0
+    moving: float = 0.0
+
+
+def _trained(model: LanguageModel, optimizer: Levels, tokens: int) -> Iterator[Component]:
+    """Weights by level, role and rule, and what each level's rules keep of the gradients."""
+    weights: dict[tuple[str, str, str], _Trained] = {}
+    memories: dict[tuple[str, str, str], tuple[dict[str, Any], list[Tensor]]] = {}
+    roles = {parameter: model.role(name) for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            rule, products = _move(optimizer, group, parameter, tokens)
+            level, role = group["name"], roles[parameter]
+            part = weights.setdefault((level, role, rule), _Trained(group))
+            part.count += parameter.numel()
+            part.reading += _reading(parameter, role)
+            part.moving += products + described(rule).operations * parameter.numel()
+            slower = enclosing(group, optimizer.param_groups)
+            for name, value in optimizer.state[parameter].items():
+                if torch.is_tensor(value):
+                    owner, by = group, rule
+                    if slower is not None and name.startswith("start") and name != "start_gradient":
+                        owner, by = slower, rule_name(slower, parameter, optimizer.whole)
+                    memories.setdefault((level, by, name), (owner, []))[1].append(value)
+            optimizer.state.clear()
+    for (level, role, rule), part in weights.items():
+        every = tokens_per_move(part.group, tokens)
+        yield Component(
+            name=f"{level}: {role}" + _by(rule, part.group),
+            context=TOKENS,
+            objective=f"next-token loss of {every:,} tokens (Eq. 71)",
+            rule=described(rule).rule,
+            updates_per_token=1 / every,
+            parameters=part.count,
+            flops_per_token=part.reading + part.moving / every,
+        )
+    for (level, rule, name), (owner, tensors) in memories.items():
+        memory, context, every = _remembered(name, rule, owner, tokens)
+        yield Component(
+            name=f"{level}: {name}" + _by(rule, owner),
+            context=context,
+            objective=memory.objective,
+            rule=memory.rule,
+            updates_per_token=1 / every,
+            state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        )
+
+
+def _by(rule: str, group: dict[str, Any]) -> str:
+    return "" if rule == group["optimizer"] else f" ({rule})"
+
+
+def _remembered(name: str, rule: str, owner: dict[str, Any], tokens: int) -> tuple[Kept, str, int]:
+    """What a state tensor is, what it compresses, and the tokens from one of its changes to the next.
+
+    `owner` is the group whose moves it follows: of a nested level's start that of the slower level.
+    """
+    every = tokens_per_move(owner, tokens)
+    if name == "accumulator":
+        return ACCUMULATOR, GRADIENTS, tokens
+    if name == "start_gradient":
+        return START_GRADIENT, GRADIENTS, every
+    if name == "start":
+        what = f"next-token loss of {every:,} tokens, by what the level is reset to (Eq. 72)"
+        return Kept(what, described(rule).rule), TOKENS, every
+    memory = kept(rule, name.removeprefix("start_"))
+    return memory, GRADIENTS, every * (owner[memory.every] if memory.every else 1)
+
+
+@torch.no_grad()
+def _move(optimizer: Levels, group: dict[str, Any], parameter: Tensor, tokens: int) -> tuple[str, float]:
+    """The rule that moves a parameter, and the operations of its matrix products a move; its state is made by it."""
+    state = optimizer.state[parameter]
+    parameter.grad = torch.empty_like(parameter)
+
+    def products(moves: int, due: dict[str, Any]) -> int:
+        """Of the level's next move, after so many; the level `due` (this one, or the one that resets it) is due too."""
+        state.update(steps=-(-tokens_per_move(due, tokens) // tokens) - 1, updates=moves)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.take_in(parameter, group)
+        return int(counter.get_total_flops())
+
+    slower = enclosing(group, optimizer.param_groups)
+    if slower is not None:
+        products(0, slower)
+    often, rule = products(0, group), rule_name(group, parameter, optimizer.whole)
+    rare = [group[memory.every] for memory in described(rule).keeps.values() if memory.every]
+    seldom = (products(rare[0], group) - often) / rare[0] if rare else 0.0
+    parameter.grad = None
+    return rule, often + seldom
+
+
+def _reading(parameter: Tensor, role: str) -> float:
+    """Operations a token of reading a weight: a table is looked up, and a memory's first state is read in context."""
+    if role == "embedding" or role.startswith("initial "):
+        return 0.0
+    return (2.0 if parameter.dim() >= 2 else 1.0) * parameter.numel()

@@ -1,0 +1,182 @@
+"""The nested view beside a run of the same job: every frequency counted, every parameter and byte of state found."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from nestling.config.build import build as job
+from nestling.jobs.app import app
+from nestling.models import MODEL_CONFIGS, build
+from nestling.optim import COMPONENTS, Levels, watch_inputs
+from nestling.optim.components import rule_name
+from nestling.optim.nested import enclosing
+from nestling.training.groups import parameter_groups
+from nestling.training.nested import nested_view
+
+STEPS, LENGTH, ROWS = 12, 16, 2
+
+
+def config(**changes):
+    model = {"name": "hope", "vocab_size": 31, "width": 16, "layers": 2, "heads": 2, **changes.pop("model", {})}
+    if model["name"] == "hope":
+        model = {"chunk_size": 8, "projection_chunk_size": 4, **model}
+    training = {"batch_tokens": ROWS * LENGTH, "learning_rate": 1e-4, **changes.pop("training", {})}
+    return job({"data": {"sequence_length": LENGTH}, "model": model, "training": training, **changes})
+
+
+def trained(settings):
+    """A model and its optimizer after STEPS steps, and how often each parameter and state tensor has changed."""
+    torch.manual_seed(0)
+    model = build(settings.model)
+    if settings.training.optimizer == "delta_gradient_descent":
+        watch_inputs(model)
+    optimizer = Levels(parameter_groups(model, settings), lr=0.01)
+    changes, before = Counter(), {}
+    for _ in range(STEPS):
+        text = torch.randint(0, 31, (ROWS, LENGTH + 1))
+        optimizer.zero_grad()
+        F.cross_entropy(model(text[:, :-1])[0].flatten(0, 1), text[:, 1:].flatten()).backward()
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            tensors = {"": parameter, **{k: v for k, v in optimizer.state[parameter].items() if torch.is_tensor(v)}}
+            for kind, tensor in tensors.items():
+                old = before.get((name, kind), torch.zeros_like(tensor) if kind not in ("", "start") else None)
+                if kind == "accumulator":  # emptied by the move that it is for
+                    changes[name, kind] += 1
+                elif old is not None:
+                    changes[name, kind] += not torch.equal(old, tensor)
+                before[name, kind] = tensor.detach().clone()
+    return model, optimizer, changes
+
+
+def by(optimizer, group, parameter, kind=""):
+    """What names say of a rule that is not its level's own; a nested level's start moves by the slower level's."""
+    if kind.startswith("start") and kind != "start_gradient":
+        group = enclosing(group, optimizer.param_groups)
+    rule = rule_name(group, parameter, optimizer.whole)
+    return "" if rule == group["optimizer"] else f" ({rule})"
+
+
+LADDER = [
+    {"width": 8, "period": 1},
+    {"width": 8, "period": 3},
+    {"width": 8, "period": 4 * ROWS * LENGTH, "unit": "tokens"},
+]
+
+
+#: Periods that nested levels can have.
+NESTED = [{"width": 8, "period": period, "optimizer": rule} for period, rule in ((1, "adamw"), (2, "muon"), (4, "sgd"))]
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "changed"),
+    [("hope", name, {}) for name in COMPONENTS]
+    + [(name, "adamw", {}) for name in MODEL_CONFIGS if name != "hope"]
+    + [("hope", "adamw", {"level_variant": "nested"}), ("hope", "adamw", {"memory": "matrix", "static": []})],
+)
+def test_frequencies_parameters_and_state_are_those_of_a_run(name, optimizer, changed):
+    settings = config(
+        model={"name": name, **changed},
+        training={"optimizer": optimizer},
+        levels=NESTED if "level_variant" in changed else LADDER,
+        optimizers={"m3": {"slow_period": 3, "mode": "adamuon"}},
+    )
+    rows = {row.component.name: row for row in nested_view(settings)}
+    model, optimizer, changes = trained(settings)
+    found, bytes_kept = Counter(), Counter()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            full = next(n for n, p in model.named_parameters() if p is parameter)
+            part = rows[f"{group['name']}: {model.role(full)}{by(optimizer, group, parameter)}"]
+            # The first step is what the second is compared with.
+            assert changes[full, ""] in {int(part.updates_per_step * STEPS) - d for d in (0, 1)}, (full, part)
+            found[part.component.name] += parameter.numel()
+            for kind, tensor in optimizer.state[parameter].items():
+                if torch.is_tensor(tensor):
+                    kept = rows[f"{group['name']}: {kind}{by(optimizer, group, parameter, kind)}"]
+                    counted, expected = changes[full, kind], kept.updates_per_step * STEPS
+                    # What takes in a block when the next begins has one change less.
+                    assert expected - 1 - 1e-9 <= counted <= expected + 1e-9, (full, kind, counted, expected)
+                    bytes_kept[kept.component.name] += tensor.numel() * tensor.element_size()
+    assert found == {n: row.component.parameters for n, row in rows.items() if row.component.parameters}
+    assert sum(found.values()) == sum(p.numel() for p in model.parameters())
+    for kept_name, count in bytes_kept.items():
+        assert rows[kept_name].component.state_bytes == count
+    starts = {n for n in bytes_kept if ": start" in n and rows[n].component.context == "tokens"}
+    assert {n for n, row in rows.items() if row.component.context == "gradients"} == set(bytes_kept) - starts
+
+
+def test_levels_are_ordered_and_what_moves_weights_comes_before_them():
+    rows = nested_view(config(levels=LADDER))
+    rates = [row.component.updates_per_token for row in rows]
+    assert rates == sorted(rates, reverse=True) and [row.level for row in rows] == sorted(row.level for row in rows)
+    level = {row.component.name: row.level for row in rows}
+    assert level["main memory"] == 1 < level["key memory"] < level["base: exp_avg"] < level["base: projections"]
+    assert level["base: projections"] == level["level1: feed-forward"] < level["level2: feed-forward"]
+    assert level["level2: accumulator"] == level["base: exp_avg"] < level["level2: exp_avg"]
+
+
+@pytest.mark.parametrize("read", ["before", "boundary"])
+def test_memories_change_as_often_as_they_say(read):
+    settings = config(model={"read": read, "eta_bias": 0.0, "write": "all"})
+    rows = {row.component.name: row for row in nested_view(settings)}
+    torch.manual_seed(0)
+    model = build(settings.model)
+    state, changes = model.initial_state(1), Counter()
+    for token in torch.randint(0, 31, (1, LENGTH)).split(1, dim=1):
+        before = state[0].memory
+        state = model(token, state)[1]
+        after = state[0].memory
+        for name in ("key", "value", "eta", "alpha"):
+            changes[f"{name} memory"] += not torch.equal(before.snapshots[name][0], after.snapshots[name][0])
+        seen = [m.snapshots if read == "boundary" else m.weights for m in (before, after)]
+        changes["main memory"] += not torch.equal(seen[0]["memory"][0], seen[1]["memory"][0])
+    for name, count in changes.items():
+        assert count == rows[name].updates_per_step == rows[name].component.updates_per_token * LENGTH
+    memory = state[0].memory
+    held = sum(w.numel() * 4 for part in (memory.weights, memory.snapshots) for w in part["key"])
+    assert rows["key memory"].component.state_bytes == 2 * held  # two blocks
+
+
+@pytest.mark.parametrize("name", sorted(set(MODEL_CONFIGS) - {"hope", "lstm"}))
+def test_the_operations_of_weights_are_those_counted(name):
+    settings = config(model={"name": name}, levels=LADDER[:1])
+    rows = nested_view(settings)
+    weights = [row.component for row in rows if row.component.parameters]
+    model = build(settings.model)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, LENGTH, dtype=torch.int64))
+    products = counter.get_flop_counts()["Global"]
+    linear = sum(flops for op, flops in products.items() if str(op) in ("aten.mm", "aten.addmm"))
+    tables = sum(
+        2 * p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embedding" not in n and "conv" not in n
+    )
+    assert linear == tables * LENGTH
+    moving = sum(14 * part.parameters / settings.training.batch_tokens for part in weights)
+    small = sum(
+        p.numel() * (2 if p.dim() >= 2 else 1) for n, p in model.named_parameters() if p.dim() < 2 or "conv" in n
+    )
+    assert sum(part.flops_per_token for part in weights) == pytest.approx(tables + small + moving)
+
+
+def test_the_verb_shows_a_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["levels", "jobs/quickstart.yaml", f"run.dir={tmp_path}", "model.width=32"]
+    done = CliRunner().invoke(app, [*command, "--json"])
+    record = json.loads(done.stdout.splitlines()[-1])
+    keys = "name level context objective rule updates_per_token parameters state_bytes flops_per_token".split()
+    assert done.exit_code == 0 and all(set(keys) <= set(part) for part in record["components"])
+    assert record["figure"] == str(tmp_path / "levels-quickstart.png")
+    assert (tmp_path / "levels-quickstart.png").read_bytes().startswith(b"\x89PNG")
+    plain = CliRunner().invoke(app, command)
+    assert "level2: feed-forward" in plain.stdout and "0.25" in plain.stdout
+
+
+def test_the_verb_refuses_what_is_neither_job_nor_run(tmp_path):
+    done = CliRunner().invoke(app, ["levels", "nothing", f"run.dir={tmp_path}", "--json"])
+    assert done.exit_code == 2 and "neither a job file nor a run" in json.loads(done.stdout.splitlines()[-1])["error"]
