@@ -80,7 +80,7 @@ def test_a_tied_head_is_the_embedding():
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"name": "hoppe"}, "needs one of hope, transformer"),
+        ({"name": "hoppe"}, "needs one of " + ", ".join(MODEL_CONFIGS)),
         ({"name": "hope", "widht": 3}, "did you mean model.width"),
         ({"name": "hope", "vocab_size": None}, "vocab_size"),
         ({"name": "hope", "heads": 3}, "do not divide model.width=32"),

@@ -26,7 +26,7 @@ from nestling.config import (
     to_yaml,
 )
 from nestling.data import Tokenizer
-from nestling.models.config import HopeConfig, TransformerConfig
+from nestling.models.config import MODEL_CONFIGS, HopeConfig, TransformerConfig
 
 ROOT = Path(__file__).parents[2]
 JOB = """
@@ -150,10 +150,12 @@ def test_without_that_change_the_keys_of_another_model_are_errors(job: Path) -> 
         ("levels.1.perod=3", "levels.1.perod: unknown key; the nearest known one is levels.1.period"),
         ("levels=[{width: 8}, {widht: 8}]", "levels.1.widht: unknown key; the nearest known one is levels.1.width"),
         ("model.with=3", "model.with: unknown key; the nearest known one is model.width"),
-        ("model.name=hop", "model.name: got 'hop', needs one of hope, transformer"),
-        ("model.name=[hope]", "model.name: got '[hope]', needs one of hope, transformer"),
-        ("model={name: [hope]}", "model.name: got ['hope'], needs one of hope, transformer"),
+        ("model.name=hop", "model.name: got 'hop', needs one of " + ", ".join(MODEL_CONFIGS)),
+        ("model.name=[hope]", "model.name: got '[hope]', needs one of " + ", ".join(MODEL_CONFIGS)),
+        ("model={name: [hope]}", "model.name: got ['hope'], needs one of " + ", ".join(MODEL_CONFIGS)),
         ("model.vocab_size=300", "model.vocab_size: got 300, the tokenizer has 257 tokens; leave model.vocab_size out"),
+        ("model={name: hope_attention, mlp_width: 8}", "levels: got widths"),
+        ("levels=[{layers: [0]}]", "levels: got layers [[0]], which needs model.name=hope_attention"),
         ("training.steps=many", "training.steps: got 'many', needs a whole number"),
         ("training.steps=1.5", "training.steps: got 1.5, needs a whole number"),
         ("training.micro_batch=a", "training.micro_batch: got 'a', needs a whole number or null"),
@@ -183,8 +185,8 @@ def test_without_that_change_the_keys_of_another_model_are_errors(job: Path) -> 
         ("model.heads=3", "model.heads: 3 heads do not divide model.width=64"),
         ("model.chunk_size=0", "model.chunk_size: got 0, needs at least 1"),
         ("levels.1.period=0", "levels.1.period: got 0, needs at least 1"),
-        ("levels.0.width=null", "levels.0: got neither of width and parameters, needs one of them"),
-        ("levels.0.parameters=[a]", "levels.0: got both of width and parameters, needs one of them"),
+        ("levels.0.width=null", "levels.0: got none of width, layers and parameters, needs one of them"),
+        ("levels.0.parameters=[a]", "levels.0: got width and parameters of width, layers and parameters, needs one"),
         ("levels.0.name=level2", "levels.1.name: 'level2' is the name of levels.0 too; give each level a name"),
         ("levels.0.name=a/b", "levels.0.name: got 'a/b', needs letters"),
         (

@@ -9,12 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from nestling.models.config import MODEL_CONFIGS, HopeConfig, SkeletonConfig, TransformerConfig
+from nestling.models.config import (
+    MODEL_CONFIGS,
+    HopeAttentionConfig,
+    HopeConfig,
+    SkeletonConfig,
+    TransformerConfig,
+)
 
 if TYPE_CHECKING:
     from nestling.models.skeleton import LanguageModel
 
-__all__ = ["MODEL_CONFIGS", "HopeConfig", "SkeletonConfig", "TransformerConfig", "build"]
+__all__ = ["MODEL_CONFIGS", "HopeAttentionConfig", "HopeConfig", "SkeletonConfig", "TransformerConfig", "build"]
 
 
 def build(config: SkeletonConfig | Mapping[str, Any]) -> LanguageModel:

@@ -13,6 +13,7 @@ from nestling.models.config import (
     MODEL_CONFIGS,
     DeltaNetConfig,
     GatedDeltaNetConfig,
+    HopeAttentionConfig,
     HopeConfig,
     LinearAttentionConfig,
     LstmConfig,
@@ -23,6 +24,7 @@ from nestling.models.config import (
 )
 from nestling.models.delta_net import delta_net, gated_delta_net, linear_attention
 from nestling.models.hope import hope
+from nestling.models.hope_attention import hope_attention
 from nestling.models.lstm import lstm
 from nestling.models.mamba2 import mamba2
 from nestling.models.skeleton import LanguageModel
@@ -32,6 +34,7 @@ from nestling.models.transformer import transformer
 #: What makes a model of each configuration class.
 BUILDERS: dict[type[SkeletonConfig], Callable[[Any], LanguageModel]] = {
     HopeConfig: hope,
+    HopeAttentionConfig: hope_attention,
     TransformerConfig: transformer,
     DeltaNetConfig: delta_net,
     GatedDeltaNetConfig: gated_delta_net,

@@ -45,9 +45,9 @@ class Mixer(nn.Module):
 class Block(nn.Module):
     """x += mixer(norm(x)); x += part(x) for each feed-forward part, which brings its own norm."""
 
-    def __init__(self, width: int, mixer: Mixer, feed_forward: Sequence[nn.Module]) -> None:
+    def __init__(self, width: int, mixer: Mixer, feed_forward: Sequence[nn.Module], norm_eps: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = nn.RMSNorm(width, eps=norm_eps)
         self.mixer = mixer
         self.feed_forward = nn.ModuleList(feed_forward)
 
@@ -65,16 +65,26 @@ class LanguageModel(nn.Module):
     Args:
         config: width, layers, vocabulary and head.
         block: makes the mixer and the feed-forward parts of one block.
+        norm_eps: of the skeleton's own norms.
+        level_layers: the layers whose whole feed-forward parts make up each level; empty: every block has a `Level` of
+            each level, or none.
     """
 
-    def __init__(self, config: SkeletonConfig, block: Callable[[], tuple[Mixer, Sequence[nn.Module]]]) -> None:
+    def __init__(
+        self,
+        config: SkeletonConfig,
+        block: Callable[[], tuple[Mixer, Sequence[nn.Module]]],
+        norm_eps: float = 1e-6,
+        level_layers: Sequence[Sequence[int]] = (),
+    ) -> None:
         super().__init__()
         assert config.vocab_size is not None
         self.config = config
+        self.level_layers = level_layers
         self.activation_checkpointing = False
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList([Block(config.width, *block()) for _ in range(config.layers)])
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.blocks = nn.ModuleList([Block(config.width, *block(), norm_eps) for _ in range(config.layers)])
+        self.norm = nn.RMSNorm(config.width, eps=norm_eps)
         self.head = nn.Linear(config.width, config.vocab_size, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.02)
         nn.init.normal_(self.head.weight, std=0.02)
@@ -107,6 +117,9 @@ class LanguageModel(nn.Module):
 
     def level_parameters(self) -> list[list[nn.Parameter]]:
         """The parameters of each Continuum Memory System level, fastest first; empty for a model without one."""
+        if self.level_layers:
+            mlps = [block.feed_forward for block in self._blocks()]
+            return [[p for layer in level for p in mlps[layer].parameters()] for level in self.level_layers]
         blocks = [
             [part for part in block.feed_forward.modules() if isinstance(part, Level)] for block in self._blocks()
         ]

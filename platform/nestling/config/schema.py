@@ -11,12 +11,12 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
 from nestling.config.optimizers import OptimizersConfig
-from nestling.models.config import HopeConfig, LevelsConfig, SkeletonConfig
+from nestling.models.config import HopeAttentionConfig, HopeConfig, LevelsConfig, SkeletonConfig
 
 
 def _need(where: str, config: object, needs: str, holds: Callable[[float], bool], *names: str) -> None:
@@ -164,7 +164,7 @@ class DataConfig:
 class LevelConfig:
     """One level: parameters that move together, every `period` steps or tokens."""
 
-    #: Hidden width of the level's MLP in the Continuum Memory System; None: a level of `parameters`.
+    #: Hidden width of the level's MLP in each block of the Continuum Memory System.
     width: int | None = None
     #: Steps or tokens from one update to the next.
     period: int = 1
@@ -176,10 +176,12 @@ class LevelConfig:
     )
     #: Peak learning rate; None: training.learning_rate.
     learning_rate: float | None = None
-    #: For a level without a width: fnmatch patterns over the model's parameter names, such as "blocks.*.mixer.*".
+    #: Instead of a width: fnmatch patterns over the model's parameter names, such as "blocks.*.mixer.*".
     parameters: list[str] = field(default_factory=list)
     #: Name in metrics and reports; None: level1, level2, ... by its place in the list.
     name: str | None = None
+    #: Instead of both, for hope_attention with model.mlp_width: the layers, from 0, whose MLPs are in the level.
+    layers: list[int] = field(default_factory=list)
 
     def check(self, where: str) -> None:
         """Raises ValueError if the level at `where` (such as "levels.0") cannot be built."""
@@ -187,11 +189,12 @@ class LevelConfig:
         _need(where, self, "a finite value above 0", _positive, "learning_rate")
         if self.name is not None:
             _need_name(f"{where}.name", self.name)
-        if (self.width is None) == (not self.parameters):
-            given = "neither" if self.width is None else "both"
+        given = [name for name in ("width", "layers", "parameters") if getattr(self, name)]
+        if len(given) != 1:
             raise ValueError(
-                f"{where}: got {given} of width and parameters, needs one of them: `width: 192` for a level of "
-                'the Continuum Memory System, or `parameters: ["blocks.*"]` for a level of other parameters'
+                f"{where}: got {' and '.join(given) or 'none'} of width, layers and parameters, needs one of them: "
+                "`width: 192` for a level of the Continuum Memory System, `layers: [0, 1]` for whole layers' MLPs, or "
+                '`parameters: ["blocks.*"]` for a level of other parameters'
             )
 
 
@@ -329,8 +332,7 @@ class JobConfig:
             )
         self._check_levels()
         self._check_batch()
-        if isinstance(self.model, LevelsConfig):
-            self.model.level_widths = [level.width for level in self.levels if level.width is not None]
+        self._hand_over_levels()
 
     def _check_levels(self) -> None:
         for place, level in enumerate(self.levels):
@@ -339,6 +341,26 @@ class JobConfig:
         _need_different("levels", "level", [level.name for level in self.levels])
         if isinstance(self.model, LevelsConfig) and self.model.level_variant == "nested":
             _need_nesting([level for level in self.levels if level.width is not None])
+
+    def _hand_over_levels(self) -> None:
+        """Tell the model which levels of the Continuum Memory System it has."""
+        widths = [level.width for level in self.levels if level.width is not None]
+        layers = [level.layers for level in self.levels if level.layers]
+        whole = isinstance(self.model, HopeAttentionConfig) and self.model.mlp_width is not None
+        if whole and widths:
+            raise ValueError(
+                f"levels: got widths {widths}, but a block with model.mlp_width has one MLP and no chain of levels; "
+                "give the levels `layers: [0, 1]`, or leave out model.mlp_width"
+            )
+        if layers and not whole:
+            raise ValueError(
+                f"levels: got layers {layers}, which needs model.name=hope_attention and model.mlp_width; others take "
+                '`parameters: ["blocks.0.*"]`'
+            )
+        if isinstance(self.model, LevelsConfig):
+            self.model.level_widths = widths
+        if isinstance(self.model, HopeAttentionConfig):
+            self.model = replace(self.model, level_layers=layers)
 
     def _check_batch(self) -> None:
         training, length = self.training, self.data.sequence_length

@@ -32,7 +32,7 @@ def parameter_groups(model: LanguageModel, config: JobConfig) -> list[dict[str, 
     members: list[tuple[LevelConfig, dict[str, nn.Parameter]]] = []
     cms = iter(model.level_parameters())
     for level in config.levels:
-        if level.width is not None:
+        if level.width is not None or level.layers:
             chosen = [names[id(parameter)] for parameter in next(cms, [])]
         else:
             chosen = [name for name in left if any(fnmatchcase(name, pattern) for pattern in level.parameters)]

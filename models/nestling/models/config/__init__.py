@@ -4,7 +4,7 @@ A configuration is checked when it is made: what is wrong, what is needed and ho
 `vocab_size` is usually left to the tokenizer, `level_widths` to the job's list of levels.
 """
 
-from nestling.models.config.attention import TransformerConfig
+from nestling.models.config.attention import AttentionConfig, HopeAttentionConfig, TransformerConfig
 from nestling.models.config.hope import HopeConfig
 from nestling.models.config.levels import LevelsConfig
 from nestling.models.config.recurrent import (
@@ -19,8 +19,10 @@ from nestling.models.config.titans import TitansConfig
 
 __all__ = [
     "MODEL_CONFIGS",
+    "AttentionConfig",
     "DeltaNetConfig",
     "GatedDeltaNetConfig",
+    "HopeAttentionConfig",
     "HopeConfig",
     "LevelsConfig",
     "LinearAttentionConfig",
@@ -34,6 +36,7 @@ __all__ = [
 #: The configuration class of each model, by its name.
 MODEL_CONFIGS: dict[str, type[SkeletonConfig]] = {
     "hope": HopeConfig,
+    "hope_attention": HopeAttentionConfig,
     "transformer": TransformerConfig,
     "delta_net": DeltaNetConfig,
     "gated_delta_net": GatedDeltaNetConfig,

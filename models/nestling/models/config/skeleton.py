@@ -40,16 +40,19 @@ class SkeletonConfig:
             self.vocab_size is None or self.vocab_size >= 2,
             f"model.vocab_size: got {self.vocab_size}, needs at least 2 (or null to take the tokenizer's)",
         )
-        require(
-            self.width % self.heads == 0,
-            f"model.heads: {self.heads} heads do not divide model.width={self.width}; "
-            f"choose a width that is a multiple of {self.heads} or another number of heads",
-        )
+        self._check_heads()
         check_choice("model.dtype", self.dtype, ("float32", "bfloat16", "float64"))
 
     @property
     def head_width(self) -> int:
         return self.width // self.heads
+
+    def _check_heads(self) -> None:
+        require(
+            self.width % self.heads == 0,
+            f"model.heads: {self.heads} heads do not divide model.width={self.width}; "
+            f"choose a width that is a multiple of {self.heads} or another number of heads",
+        )
 
 
 @dataclass
