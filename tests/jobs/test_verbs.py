@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from nestling.config import from_yaml, load, to_mapping
+from nestling.data import Tokenizer
 from nestling.jobs.app import app
 from nestling.jobs.evaluate import report
 from nestling.tracking import RunFolder, start
@@ -168,10 +169,11 @@ def test_export_leaves_nothing_behind_when_it_fails(run: RunFolder, tmp_path: Pa
 
 
 def test_export_to_hf_is_refused_in_a_sentence(run: RunFolder, tmp_path: Path) -> None:
+    Tokenizer.bytes().save(run.tokenizer)
     ended = nestling("export", "latest", "--out", str(tmp_path / "out"), "--format", "hf", "--json")
     assert ended.exit_code == 2
-    assert "--format hf: not available for these models yet; use --format safetensors" in ended.stderr
-    assert result(ended)["sha256"] is None
+    assert "model.name=hope: transformers has no model with its parts; use --format safetensors" in ended.stderr
+    assert result(ended)["sha256"] is None and [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 @pytest.mark.parametrize("verb", [("evaluate",), ("generate", "--prompt", "x"), ("export", "--out", "out")])

@@ -15,6 +15,7 @@ import typer
 
 from nestling.jobs.arguments import AsJson, Run, RunDir, trained_run
 from nestling.jobs.output import WRONG_USAGE, Stop, verb
+from nestling.tracking.runs import RunFolder
 
 
 class Format(StrEnum):
@@ -35,18 +36,10 @@ def export(
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Write a trained model's weights, configuration and tokenizer to a folder."""
-    if format is Format.HF:
-        raise Stop("--format hf: not available for these models yet; use --format safetensors", WRONG_USAGE)
     folder = trained_run(run, overrides)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Stop(f"--out: {out} exists and is not an empty folder; give a new one", WRONG_USAGE)
-    from nestling.checkpoint import write_weights
-
-    with _new_folder(out.resolve()) as draft:
-        step = write_weights(folder, draft / folder.weights.name)
-        for file in (folder.config, folder.tokenizer):
-            shutil.copyfile(file, draft / file.name)
-    names = [folder.weights.name, folder.config.name, folder.tokenizer.name]
+    with new_folder(out) as draft:
+        step = _write_hf(folder, draft) if format is Format.HF else _write(folder, draft)
+        names = sorted((file.name for file in draft.iterdir()), key=lambda name: (name != folder.weights.name, name))
     with (out / folder.weights.name).open("rb") as weights:
         sha256 = hashlib.file_digest(weights, "sha256").hexdigest()
     if not as_json:
@@ -55,10 +48,34 @@ def export(
     return {"run_id": folder.run_id, "step": step, "files": names, "sha256": sha256}
 
 
+def _write(folder: RunFolder, draft: Path) -> int:
+    from nestling.checkpoint import write_weights  # torch takes seconds
+
+    step = write_weights(folder, draft / folder.weights.name)
+    for file in (folder.config, folder.tokenizer):
+        shutil.copyfile(file, draft / file.name)
+    return step
+
+
+def _write_hf(folder: RunFolder, draft: Path) -> int:
+    from nestling.checkpoint.layouts import LayoutError
+    from nestling.checkpoint.pretrained import export_pretrained
+
+    try:
+        return export_pretrained(folder, draft)
+    except LayoutError as error:
+        raise Stop(
+            f"--format hf: run {folder.run_id} cannot be written so: {error}; use --format safetensors", WRONG_USAGE
+        ) from error
+
+
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A draft whose files stand in `out` at the end: a new folder appears with all of them, one that is there gets the
-    first last."""
+def new_folder(out: Path) -> Iterator[Path]:
+    """A draft whose files stand in `out` at the end, which must be new or empty: a new folder appears with all of
+    them, one that is there gets the first last."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Stop(f"--out: {out} exists and is not an empty folder; give a new one", WRONG_USAGE)
+    out = out.resolve()
     exists = out.is_dir()
     draft = (out if exists else out.parent) / f".{out.name}.{secrets.token_hex(4)}"
     draft.mkdir(parents=True)

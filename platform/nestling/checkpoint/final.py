@@ -69,7 +69,7 @@ def load_final(folder: RunFolder, device: str = "cpu") -> tuple[LanguageModel, T
         _check_there(folder)
         config = from_yaml(folder.config.read_text())
         tokenizer = Tokenizer.load(folder.tokenizer, config.data.separator)
-        weights = _open_weights(folder, config)
+        weights = open_weights(folder, config)
         model = build(config.model).to(device, torch.float32)
         parameters = dict(model.named_parameters())
         _check_fit(folder, weights, parameters)
@@ -107,7 +107,7 @@ def trained_step(folder: RunFolder) -> int | None:
 
 
 @dataclass(frozen=True)
-class _Weights:
+class Weights:
     """Float32 weights that are read one by one, flattened: from the final file, or from a checkpoint."""
 
     source: str
@@ -120,15 +120,20 @@ def _finished(folder: RunFolder) -> bool:
     return folder.status() == "finished" and folder.weights.exists()
 
 
-def _open_weights(folder: RunFolder, config: JobConfig) -> _Weights:
+def open_weights(folder: RunFolder, config: JobConfig) -> Weights:
+    """The weights that `load_final` gives, to be read one by one.
+
+    Raises:
+        CheckpointError: there is no good checkpoint.
+    """
     if _finished(folder):
         file = safe_open(folder.weights, framework="pt")
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        return _Weights(str(folder.weights), sizes, lambda name: file.get_tensor(name).flatten())
+        return Weights(str(folder.weights), sizes, lambda name: file.get_tensor(name).flatten())
     store = run_store(config, folder)
     found = newest_good(store)
     sizes = {n.removeprefix(WEIGHT): size for n, size in found.pieces.sizes.items() if n.startswith(WEIGHT)}
-    return _Weights(store.location(found.checkpoint), sizes, lambda name: found.pieces.read(WEIGHT + name))
+    return Weights(store.location(found.checkpoint), sizes, lambda name: found.pieces.read(WEIGHT + name))
 
 
 def _check_there(folder: RunFolder) -> None:
@@ -139,7 +144,7 @@ def _check_there(folder: RunFolder) -> None:
         )
 
 
-def _check_fit(folder: RunFolder, weights: _Weights, parameters: Mapping[str, Tensor]) -> None:
+def _check_fit(folder: RunFolder, weights: Weights, parameters: Mapping[str, Tensor]) -> None:
     if weights.sizes != {name: parameter.numel() for name, parameter in parameters.items()}:
         raise CheckpointError(
             f"{weights.source} does not hold the weights of the model in {folder.config}: names or sizes differ; "

@@ -85,9 +85,13 @@ def write_tensors(
     entries: Mapping[str, tuple[torch.dtype, torch.Size]],
     tensors: Iterable[Tensor],
     bucket_bytes: int = BUCKET,
+    notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a safetensors file of tensors that are taken one after another, in the order of their `entries`."""
-    header = _header(entries)
+    """Write a safetensors file of tensors that are taken one after another, in the order of their `entries`.
+
+    `notes` are texts for the file's header, the format's `__metadata__`.
+    """
+    header = _header(entries, notes)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         for tensor in tensors:
@@ -95,9 +99,9 @@ def write_tensors(
                 file.write(part.view(torch.uint8).numpy().data)
 
 
-def _header(entries: Mapping[str, tuple[torch.dtype, torch.Size]]) -> bytes:
+def _header(entries: Mapping[str, tuple[torch.dtype, torch.Size]], notes: Mapping[str, str] | None) -> bytes:
     """The JSON in front of the data: dtype, shape and place of every tensor, padded to eight bytes."""
-    described: dict[str, Any] = {}
+    described: dict[str, Any] = {"__metadata__": dict(notes)} if notes else {}
     position = 0
     for key, (dtype, shape) in entries.items():
         if dtype not in _CODES:

@@ -118,6 +118,11 @@ class RunFolder:
         return self.path / "tokenizer.json"
 
     @property
+    def pretrained(self) -> Path:
+        """What an adapted run keeps of the pretrained model's small files, `pretrained/`."""
+        return self.path / "pretrained"
+
+    @property
     def evaluation(self) -> Path:
         """The last evaluation's figures, `evaluation.json`."""
         return self.path / "evaluation.json"
