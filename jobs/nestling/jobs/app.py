@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from nestling.jobs.adapt import adapt
 from nestling.jobs.config import config
 from nestling.jobs.doctor import doctor
 from nestling.jobs.evaluate import evaluate
@@ -61,7 +62,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show where an e
     log_to_terminal(logging.DEBUG if debug else logging.INFO)
 
 
-for _verb in (train, resume, evaluate, generate, export, runs, levels, ui, config, doctor, tokenizer):
+for _verb in (train, resume, adapt, evaluate, generate, export, runs, levels, ui, config, doctor, tokenizer):
     app.command()(_verb)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,12 @@ AsJson = Annotated[bool, typer.Option("--json", help="End standard output with o
 def runs_dir(overrides: list[str] | None) -> Path:
     """Where runs are kept; ConfigError for any key but run.dir."""
     return Path(pick(overrides or (), "run.dir").get("run.dir", RunConfig().dir)).expanduser()
+
+
+def place_of(folder: RunFolder) -> str:
+    """The argument that names where runs are kept, if that is not the default; for commands that people may copy."""
+    runs = folder.path.parent
+    return "" if runs == Path(RunConfig().dir).expanduser().resolve() else f" run.dir={shlex.quote(str(runs))}"
 
 
 def found_run(reference: str, overrides: list[str] | None) -> RunFolder:

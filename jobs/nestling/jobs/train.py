@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import shlex
 import traceback
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from nestling.config import JobConfig, RunConfig, load
-from nestling.jobs.arguments import AsJson, Job, Overrides
+from nestling.config import JobConfig, load
+from nestling.jobs.arguments import AsJson, Job, Overrides, place_of
 from nestling.jobs.evaluate import report
 from nestling.jobs.output import FAILED, INTERRUPTED, WRONG_USAGE, Stop, chatter_to, describe, in_columns, say, verb
 from nestling.jobs.progress import TrainingProgress
@@ -60,18 +58,12 @@ def _stop(folder: RunFolder, how: str, code: int) -> Stop:
     saved = f", saved in {info['checkpoint']}" if info.get("checkpoint") else ""
     lines = [f"run {folder.run_id} {how}{saved}", f"log: {folder.ray_log}"]
     if folder.config.exists():
-        lines.append(f"go on: nestling resume {folder.run_id}{_place(folder)}")
+        lines.append(f"go on: nestling resume {folder.run_id}{place_of(folder)}")
     return Stop("\n".join(lines), code, {key: info.get(key) for key in KEYS})
 
 
-def _place(folder: RunFolder) -> str:
-    """The argument that names where runs are kept, if that is not the default."""
-    runs = folder.path.parent
-    return "" if runs == Path(RunConfig().dir).expanduser().resolve() else f" run.dir={shlex.quote(str(runs))}"
-
-
 def _report(summary: dict[str, Any], folder: RunFolder, config: JobConfig) -> str:
-    place = _place(folder)
+    place = place_of(folder)
     rate = summary["tokens_per_second"]  # None where there was nothing left to train
     speed = f", {rate:,.0f} tokens/s" if rate else ""
     lines = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 from nestling.checkpoint import run_store
 from nestling.config import ConfigError, JobConfig, from_yaml, to_mapping
@@ -24,6 +25,12 @@ CHANGEABLE = (
     "data.mix.*.source",
 )
 FIXED = ("training.batch_tokens",)
+#: The same for a run adapted from a pretrained model that has not taken a step: it has weights, and nothing else.
+CHANGEABLE_AT_FIRST = (
+    *("seed", "training.*", "levels*", "model.level_layers"),
+    *("evaluation.*", "checkpoint.*", "tracking.*", "data.*"),
+)
+FIXED_AT_FIRST = ("data.tokenizer",)
 
 
 def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
@@ -41,16 +48,22 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
     before, config = from_yaml(text), from_yaml(text, overrides)
     # A runs folder may have been moved as a whole.
     config = replace(config, run=replace(config.run, dir=str(folder.path.parent)))
+    done_before = _done(before, folder)
+    changeable, fixed = (CHANGEABLE_AT_FIRST, FIXED_AT_FIRST) if done_before == 0 else (CHANGEABLE, FIXED)
     old, new = flatten(to_mapping(before)), flatten(to_mapping(config))
     for key in sorted(old.keys() | new.keys()):
-        if key != "run.dir" and old.get(key) != new.get(key) and not _changeable(key):
+        kept = key in fixed or not any(fnmatchcase(key, pattern) for pattern in changeable)
+        if key != "run.dir" and old.get(key) != new.get(key) and kept:
             raise ConfigError(
                 f"{key}: is {old.get(key)} in run {folder.run_id} and cannot become {new.get(key)} in the middle of "
-                f"it; start a new run for that. A resumed run may change {', '.join(CHANGEABLE)}, but not "
-                f"{', '.join(FIXED)}"
+                f"it; start a new run for that. A resumed run may change {', '.join(changeable)}, but not "
+                f"{', '.join(fixed)}"
             )
+    tokenizer = config.data.tokenizer
+    if tokenizer != "bytes" and not Path(tokenizer).is_file() and folder.tokenizer.is_file():
+        config = replace(config, data=replace(config.data, tokenizer=str(folder.tokenizer)))  # the run has its own copy
     done = _done(config, folder)
-    if config.checkpoint.dir != before.checkpoint.dir and done is None and _done(before, folder) is not None:
+    if config.checkpoint.dir != before.checkpoint.dir and done is None and done_before is not None:
         raise ConfigError(
             f"checkpoint.dir: there is no checkpoint of run {folder.run_id} in {config.checkpoint.dir}; "
             f"move its folder {folder.path.name} there first"
@@ -71,7 +84,3 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
 def _done(config: JobConfig, folder: RunFolder) -> int | None:
     """Step of the newest checkpoint."""
     return next((checkpoint.step for checkpoint in run_store(config, folder).checkpoints()), None)
-
-
-def _changeable(key: str) -> bool:
-    return key not in FIXED and any(fnmatchcase(key, pattern) for pattern in CHANGEABLE)

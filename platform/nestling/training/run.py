@@ -88,7 +88,8 @@ def fit(
             tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
             wanted = config.training.workers
             with connected(wanted, wanted if config.training.device == "cuda" else 0):
-                corpus = _corpus(config, folder)
+                begun = [checkpoint.step for checkpoint in store.checkpoints()][:1] != [0]
+                corpus = _corpus(config, folder, begun)
                 folder.write_config(to_yaml(config))
                 corpus.tokenizer.save(folder.tokenizer)
                 with followed(folder, on_progress, on_event):
@@ -193,9 +194,9 @@ def _complete(config: JobConfig) -> JobConfig:
     return replace(config, data=data, checkpoint=checkpoint, model=model)
 
 
-def _corpus(config: JobConfig, folder: RunFolder) -> Corpus:
-    """The prepared data; of a run that goes on, exactly what it began with. There is at least one batch in it."""
-    cache, before = Path(config.run.dir) / "cache", folder.info().get("corpus")
+def _corpus(config: JobConfig, folder: RunFolder, begun: bool) -> Corpus:
+    """The prepared data; of a run that has begun, exactly what it began with. There is at least one batch in it."""
+    cache, before = Path(config.run.dir) / "cache", folder.info().get("corpus") if begun else None
     if before and (cache / before).is_dir() and folder.info().get("data_digest") == _digest(config):
         return Corpus.open(cache / before)
     corpus = prepare(config.data, cache)
