@@ -23,6 +23,7 @@ from nestling.jobs.evaluate import evaluate
 from nestling.jobs.export import export
 from nestling.jobs.generate import generate
 from nestling.jobs.levels import levels
+from nestling.jobs.memory import memory
 from nestling.jobs.output import log_to_terminal
 from nestling.jobs.resume import resume
 from nestling.jobs.runs import runs
@@ -64,6 +65,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show where an e
 
 for _verb in (train, resume, adapt, evaluate, generate, export, runs, levels, ui, config, doctor, tokenizer):
     app.command()(_verb)
+app.add_typer(memory)
 
 
 def main() -> None:

@@ -10,9 +10,11 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import nn
 
 from nestling.config import ConfigError, JobConfig, LevelConfig
+from nestling.models import build
 from nestling.models.config import LevelsConfig
 from nestling.models.skeleton import LanguageModel
 from nestling.optim import COMPONENTS, is_matrix
@@ -54,6 +56,18 @@ def _nested(groups: list[dict[str, Any]], config: JobConfig) -> list[dict[str, A
     names = [level.name for level in config.levels if level.width is not None]
     slower = dict(pairwise(names))
     return [{**group, "slower": slower.get(group["name"])} for group in groups]
+
+
+def level_members(config: JobConfig) -> dict[str, dict[str, torch.Size]]:
+    """Names and shapes of the parameters of each level, sorted; those in no level are in the level `base`."""
+    with torch.device("meta"):
+        model = build(config.model)
+    assert isinstance(model, LanguageModel)
+    level = {id(p): group["name"] for group in parameter_groups(model, config) for p in group["params"]}
+    members: dict[str, dict[str, torch.Size]] = {}
+    for name, parameter in sorted(model.named_parameters()):
+        members.setdefault(level[id(parameter)], {})[name] = parameter.shape
+    return members
 
 
 def _groups(level: LevelConfig, parameters: dict[str, nn.Parameter], config: JobConfig) -> list[dict[str, Any]]:
