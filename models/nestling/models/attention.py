@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nestling.models.component import TOKENS, Component
 from nestling.models.config.attention import AttentionConfig
 from nestling.models.skeleton import Mixer, linear
 
@@ -52,6 +53,23 @@ class Attention(Mixer):
     def initial_state(self, batch: int) -> Cache:
         empty = self.qkv.weight.new_zeros(batch, self.config.key_heads, 0, self.config.head_width)
         return Cache(empty, empty, 0)
+
+    def components(self, tokens: int) -> list[Component]:
+        c, (keys, values, _) = self.config, self.initial_state(1)
+        bytes_a_token = sum(part.shape[1] * part.shape[3] * part.element_size() for part in (keys, values))
+        seen = min(tokens, c.window) if c.window is not None else tokens
+        pairs = seen - seen * (seen - 1) / (2 * tokens)  # tokens that one attends to, on average
+        return [
+            Component(
+                name="attention",
+                context=TOKENS,
+                objective="Σ s(k, q) ‖v − M‖² over the tokens attended to (Eq. 62)",
+                rule="non-parametric: the minimum in closed form at each token (Eq. 27, 63)",
+                updates_per_token=1.0,
+                state_bytes=(seen if c.window is None else min(tokens, c.window - 1)) * bytes_a_token,
+                flops_per_token=4 * c.heads * c.head_width * pairs,
+            )
+        ]
 
     def forward(self, x: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         c, position = self.config, 0 if state is None else state.position

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nestling.models.attention import Attention
 from nestling.models.cms import continuum_memory
+from nestling.models.component import Component
 from nestling.models.config import HopeAttentionConfig
 from nestling.models.convolution import ShortConvolution
 from nestling.models.skeleton import LanguageModel, Mixer
@@ -57,6 +58,9 @@ class Convolved(Mixer):
     def initial_state(self, batch: int) -> ConvolvedState:
         taps, width = self.conv.weight.shape
         return ConvolvedState(self.conv.weight.new_zeros(batch, taps - 1, width), self.mixer.initial_state(batch))
+
+    def components(self, tokens: int) -> list[Component]:
+        return self.mixer.components(tokens)
 
     def forward(self, x: Tensor, state: ConvolvedState | None) -> tuple[Tensor, ConvolvedState]:
         tail, inner = self.initial_state(x.shape[0]) if state is None else state
