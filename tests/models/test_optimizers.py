@@ -336,10 +336,14 @@ def test_a_layer_whose_forward_pass_is_passed_by_is_found():
         (torch.ones(4) @ layer.weight.mT).sum().backward()
 
 
-def test_watching_changes_nothing_for_other_rules():
+@pytest.mark.parametrize("after_descent", [False, True])
+def test_watching_changes_nothing_for_other_rules(after_descent):
     layer, x, _ = layer_and_data()
     plain = deepcopy(layer)
     watch_inputs(layer)
+    if after_descent:
+        DeltaGradientDescent(layer.parameters(), lr=0.1)
+        M3(layer.parameters(), lr=0.1)
     for each in (layer, plain):
         each(x).square().sum().backward()
     assert torch.equal(layer.weight.grad, plain.weight.grad)

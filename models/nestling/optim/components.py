@@ -9,16 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-from nestling.optim.delta import bind, delta_momentum
+from nestling.optim.delta import bind, delta_momentum, release
 from nestling.optim.matrices import Whole
 from nestling.optim.orthogonal import MODES, m3, muon
 from nestling.optim.rules import State, adamw, deep_momentum, descent, sgd
 
 Rule = Callable[[Tensor, Tensor, State, dict[str, Any], Whole], Tensor]
-
-
-def _nothing(group: dict[str, Any]) -> None:
-    """Most rules need no preparation."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,7 @@ class Component:
     #: The rule works on whole matrices, see `nestling.optim.matrices.Whole`.
     sees_whole: bool = False
     #: Called with every new group of the rule.
-    prepare: Callable[[dict[str, Any]], None] = _nothing
+    prepare: Callable[[dict[str, Any]], None] = release
 
 
 COMPONENTS: dict[str, Component] = {

@@ -78,7 +78,7 @@ def watch_inputs(model: nn.Module, *, mean: bool = True, accumulation: int = 1) 
     """
     for name, module in model.named_modules():
         for place, parameter in module.named_parameters(recurse=False):
-            linear = isinstance(module, nn.Linear) and place == "weight"
+            linear = isinstance(module, nn.Linear) and place == "weight" and parameter.requires_grad
             watch = getattr(parameter, "input_watch", None)
             if watch is None or (linear and watch.layer is None):  # a tied weight may come as an embedding first
                 watch = parameter.input_watch = InputWatch(name if linear else None)
@@ -94,6 +94,7 @@ def bind(group: dict[str, Any]) -> None:
     Raises:
         ValueError: a matrix that `watch_inputs` has not seen.
     """
+    release(group)
     for parameter in group["params"]:
         watch = getattr(parameter, "input_watch", None)
         if not group["matrix"] or (watch is None and parameter.dim() < 2):
@@ -105,6 +106,13 @@ def bind(group: dict[str, Any]) -> None:
                 "matrix=False, to move by plain gradient descent"
             )
         watch.group = group
+
+
+def release(group: dict[str, Any]) -> None:
+    """Parameters that another rule moves now get their plain gradients again."""
+    for parameter in group["params"]:
+        if hasattr(parameter, "input_watch"):
+            parameter.input_watch.group = None
 
 
 def _add_term(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
