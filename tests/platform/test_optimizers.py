@@ -109,7 +109,7 @@ def matrices_of_two_ranks(rank):
             for place, piece in enumerate(ranks[rank]):
                 right = Unsharded()(whole[0][place], function, *(tensors[place] for tensors in whole[:count]))
                 mine = made[piece.offset : piece.offset + piece.length]
-                worst = max(worst, float((mine - right.view(-1)[piece.start :][: piece.length]).abs().sum()))
+                worst = max(worst, float((mine - right.reshape(-1)[piece.start :][: piece.length]).abs().sum()))
         gathered.append(sharded.gathered)
     return worst, gathered
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nestling.optim.matrices import Whole
@@ -22,11 +23,13 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     """
     a, b, c = QUINTIC
     tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
+    wide = matrix.mT if tall else matrix
+    x = (wide / (wide.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)).reshape(-1, *wide.shape[-2:])
     for _ in range(steps):
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b A + c A^2
+        x = torch.baddbmm(x, polynomial, x, beta=a)  # a X + (b A + c A^2) X
+    x = x.view(wide.shape)
     return x.mT if tall else x
 
 
