@@ -162,9 +162,10 @@ class Levels(torch.optim.Optimizer):
         if gradient is None or not _due(state["steps"], group):
             return
         state["updates"] += 1
+        slower = enclosing(group, self._groups)
         if id(parameter) not in self._given and isinstance(self.whole, Unsharded):
             _refuse_shards(group)
-        slower = enclosing(group, self._groups)
+            _refuse_shards(slower or group)
         if slower is not None:
             remember(parameter, gradient, state)
         rule = rule_of(group, parameter, self.whole)
