@@ -1,0 +1,178 @@
+"""A small model trained on a task and scored on its tests: the loop that every trained trial goes through.
+
+Cross-entropy on the scored positions, an update rule of `nestling.optim`, warm-up and cosine, clipping; easier stages
+before the task itself, chunk sizes redrawn at each step where the model's configuration says so, and an early end
+when the validation examples are all right. One process, one thread: trials are what runs side by side.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nestling.models import build
+from nestling.models.hope import mixers, set_chunk_size
+from nestling.optim import Levels
+from nestling.tasks import IGNORE, Examples, Task, drawn, generator, scores
+from nestling.tuning.reproductions.experiment import Outcome
+from nestling.tuning.reproductions.recipe import Recipe
+
+#: Tokens of a batch that is only scored.
+SCORED_TOKENS = 8192
+#: Largest number of points of a training curve that is kept.
+CURVE_POINTS = 100
+
+
+@dataclass(frozen=True)
+class Training:
+    """Train a model on a task, then score it on each of the task's tests: a `Work`.
+
+    Its metrics are the tests' names, in percent; with `writes_off`, "NAME, writes off" as well: the same trained model
+    with every step size of its memories at zero, the control that shows whether the memory does it.
+
+    Attributes:
+        task: what is trained at the end, and tested.
+        model: configuration of the model as `nestling.models.build` takes it, without `vocab_size`.
+        recipe: how it is trained.
+        stages: easier tasks before it, each for a number of steps out of the recipe's; same vocabulary.
+        writes_off: also score with the memories' writes switched off.
+    """
+
+    task: Task
+    model: Mapping[str, Any]
+    recipe: Recipe = field(default_factory=Recipe)
+    stages: tuple[tuple[int, Task], ...] = ()
+    writes_off: bool = False
+
+    def __call__(self, seed: int) -> Outcome:
+        torch.manual_seed(seed)
+        body = build({**self.model, "vocab_size": self.task.vocab_size})
+        model = self.task.readout(body)
+        run = _Run(self, body, model, seed)
+        stopped = run.train()
+        metrics = {name: math.nan for name in self.task.tests(seed)} if stopped == "diverged" else run.test()
+        return Outcome(
+            metrics=metrics,
+            tokens=run.tokens,
+            parameters=sum(parameter.numel() for parameter in model.parameters()),
+            validation=None if stopped == "diverged" else run.validate(),
+            details={"steps": run.done, "stopped": stopped, "losses": run.curve, "scores": run.details},
+        )
+
+
+class _Run:
+    def __init__(self, plan: Training, body: nn.Module, model: nn.Module, seed: int) -> None:
+        self.plan, self.body, self.model, self.seed = plan, body, model, seed
+        # Training examples, validation and the tests' own seeds stay apart for every seed.
+        self.generator = generator(4 * seed + 1)
+        self.validation = plan.task.validation(generator(4 * seed + 2))
+        self.random = drawn(generator(4 * seed + 3))
+        self.optimizer = Levels(_groups(body, model, plan.recipe), optimizer=plan.recipe.optimizer, lr=0.0)
+        self.tokens = self.done = 0
+        self.curve: list[tuple[int, float]] = []
+        self.details: dict[str, dict[str, float]] = {}
+
+    def train(self) -> str:
+        """Train to the end; returns why it ended: "steps", "enough", "time" or "diverged"."""
+        recipe, began = self.plan.recipe, time.monotonic()
+        keep_every = -(-recipe.steps // CURVE_POINTS)
+        last_stage = sum(steps for steps, _ in self.plan.stages)
+        for batch in self._batches():
+            self.done += 1
+            loss = self._step(batch)
+            if not math.isfinite(loss):
+                return "diverged"
+            if self.done % keep_every == 0 or self.done == recipe.steps:
+                self.curve.append((self.done, loss))
+            if self.done % recipe.check_every == 0 and self.done > last_stage and recipe.enough is not None:
+                if self.validate() >= recipe.enough:
+                    return "enough"
+            if recipe.seconds is not None and time.monotonic() - began > recipe.seconds:
+                return "time"
+        return "steps"
+
+    def validate(self) -> float:
+        """The task's metric on the validation examples, from 0 to 1."""
+        return self._scores(self.validation)[self.plan.task.metric]
+
+    def test(self) -> dict[str, float]:
+        """The task's metric on each test, in percent."""
+        task, found = self.plan.task, {}
+        tests = task.tests(self.seed)
+        for name, examples in tests.items():
+            self.details[name] = self._scores(examples)
+            found[name] = 100 * self.details[name][task.metric]
+        if self.plan.writes_off:
+            for mixer in mixers(self.body):
+                mixer.writes = False
+            for name, examples in tests.items():
+                found[f"{name}, writes off"] = 100 * self._scores(examples)[task.metric]
+            for mixer in mixers(self.body):
+                mixer.writes = True
+        return found
+
+    def _batches(self) -> Iterator[Examples]:
+        """The batches of every step, stage after stage."""
+        recipe = self.plan.recipe
+        rest = recipe.steps - sum(steps for steps, _ in self.plan.stages)
+        for steps, task in (*self.plan.stages, (rest, self.plan.task)):
+            if recipe.examples is None:
+                for _ in range(steps):
+                    yield task.sample(recipe.batch, self.generator)
+                continue
+            examples, order = task.sample(recipe.examples, self.generator), torch.empty(0, dtype=torch.int64)
+            for _ in range(steps):
+                while len(order) < recipe.batch:
+                    order = torch.cat([order, torch.randperm(len(examples.inputs), generator=self.generator)])
+                chosen, order = order[: recipe.batch], order[recipe.batch :]
+                yield Examples(*(part[chosen] for part in examples))
+
+    def _step(self, batch: Examples) -> float:
+        recipe, sizes = self.plan.recipe, self.plan.model.get("redraw_chunk_sizes")
+        if sizes:
+            set_chunk_size(self.body, self.random.choice(sizes))
+        self.model.train()
+        loss = self._loss(batch, "mean")
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.rate(self.done)
+        self.optimizer.step()
+        set_chunk_size(self.body, None)
+        self.tokens += batch.inputs.numel()
+        return loss.item()
+
+    def _loss(self, batch: Examples, reduction: str) -> torch.Tensor:
+        logits = self.model(batch.inputs)[0][..., : self.plan.task.classes].float()
+        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+
+    @torch.no_grad()
+    def _scores(self, examples: Examples) -> dict[str, float]:
+        self.model.eval()
+        rows = max(1, SCORED_TOKENS // max(examples.inputs.shape[1], 1))
+        pieces = [
+            self.model(inputs)[0][..., : self.plan.task.classes].argmax(-1) for inputs in examples.inputs.split(rows)
+        ]
+        return scores(torch.cat(pieces), examples.targets)
+
+
+def _groups(body: nn.Module, model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Parameter groups: each Continuum Memory System level that has a period of its own, and the rest."""
+    groups: list[dict[str, Any]] = []
+    if recipe.periods:
+        levels = body.level_parameters()  # type: ignore[operator]
+        groups = [
+            {"params": level, "name": f"level{place}", "period": period}
+            for place, (level, period) in enumerate(zip(levels, recipe.periods, strict=True), 1)
+        ]
+    taken = {id(parameter) for group in groups for parameter in group["params"]}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
+    return [{**group, **recipe.settings} for group in [{"params": rest}, *groups]]
