@@ -1,5 +1,6 @@
 """Synthetic tasks: what a sequence model can be shown to do or not to do, with exact rules and chance levels."""
 
+from nestling.tasks.formal_languages import FormalLanguage
 from nestling.tasks.mad import (
     MAD,
     Compression,
@@ -10,6 +11,7 @@ from nestling.tasks.mad import (
     NoisyRecall,
     SelectiveCopying,
 )
+from nestling.tasks.mqar import Mqar
 from nestling.tasks.pass_key import PassKey
 from nestling.tasks.regression import OrthogonalTasks, stable_rule
 from nestling.tasks.scores import scores
@@ -20,11 +22,13 @@ __all__ = [
     "MAD",
     "Compression",
     "Examples",
+    "FormalLanguage",
     "FuzzyRecall",
     "InContextRecall",
     "MadTask",
     "Memorisation",
     "Metric",
+    "Mqar",
     "NoisyRecall",
     "OrthogonalTasks",
     "PassKey",
