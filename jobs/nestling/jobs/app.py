@@ -25,6 +25,7 @@ from nestling.jobs.generate import generate
 from nestling.jobs.levels import levels
 from nestling.jobs.memory import memory
 from nestling.jobs.output import log_to_terminal
+from nestling.jobs.reproduce import reproduce
 from nestling.jobs.resume import resume
 from nestling.jobs.runs import runs
 from nestling.jobs.tokenizer import tokenizer
@@ -63,7 +64,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show where an e
     log_to_terminal(logging.DEBUG if debug else logging.INFO)
 
 
-for _verb in (train, resume, adapt, evaluate, generate, export, runs, levels, ui, config, doctor, tokenizer):
+for _verb in (train, resume, adapt, evaluate, generate, export, runs, levels, reproduce, ui, config, doctor, tokenizer):
     app.command()(_verb)
 app.add_typer(memory)
 

@@ -1,0 +1,98 @@
+"""Outcomes as rows: ours with its spread over the seeds, the paper's number, the chance level."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nestling.tuning.reproductions.engine import Failure, best_candidate, of_arm
+from nestling.tuning.reproductions.experiment import Arm, Experiment, Trial
+
+Row = dict[str, Any]
+
+
+def rows(experiment: Experiment, ended: Sequence[Trial | Failure]) -> list[Row]:
+    """One row for each arm and metric, in the experiment's order.
+
+    `ours` is the mean over the seeds and `spread` their standard deviation (None for one seed); `lowest` and `highest`
+    stand beside it. Where training diverged with any seed, or no trial of the arm came to an end, `ours` is None.
+    """
+    return [row for arm in experiment.arms for row in _rows(arm, ended)]
+
+
+def _rows(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Row]:
+    chosen = best_candidate(arm, ended)
+    trials = [trial for trial in of_arm(arm, ended) if trial.candidate == chosen]
+    made = []
+    for metric in arm.metrics:
+        values = [trial.outcome.metrics[metric] for trial in trials]
+        known = bool(values) and all(map(math.isfinite, values))
+        made.append(
+            {
+                "task": arm.task,
+                "model": arm.model,
+                "metric": metric,
+                "ours": statistics.mean(values) if known else None,
+                "spread": statistics.stdev(values) if known and len(values) > 1 else None,
+                "paper": arm.paper.get(metric),
+                "chance": arm.chance.get(metric),
+                "seeds": len(values),
+                "tokens": round(statistics.mean(trial.outcome.tokens for trial in trials)) if trials else None,
+                "parameters": trials[0].outcome.parameters if trials else None,
+                "lowest": min(values) if known else None,
+                "highest": max(values) if known else None,
+                "candidate": chosen if len(arm.candidates) > 1 else None,
+                "seconds": round(statistics.mean(trial.seconds for trial in trials), 1) if trials else None,
+            }
+        )
+    return made
+
+
+HEADINGS = {
+    "task": "task",
+    "model": "model",
+    "metric": "metric",
+    "ours": "ours",
+    "paper": "paper",
+    "chance": "chance",
+    "seeds": "seeds",
+    "tokens": "tokens",
+    "parameters": "parameters",
+}
+
+
+def cells(row: Mapping[str, Any]) -> dict[str, str]:
+    """A row as a person reads it, by the keys of `HEADINGS`."""
+    spread = "" if row["spread"] is None else f" ± {number(row['spread'])}"
+    ours = f"{number(row['ours'])}{spread}" if row["ours"] is not None else "diverged" if row["seeds"] else "failed"
+    model = f"{row['model']} ({row['candidate']})" if row["candidate"] else row["model"]
+    counts = {key: "" if row[key] is None else f"{row[key]:,}" for key in ("seeds", "tokens", "parameters")}
+    given = {key: "" if row[key] is None else number(row[key]) for key in ("paper", "chance")}
+    return {"task": row["task"], "model": model, "metric": row["metric"], "ours": ours, **given, **counts}
+
+
+def number(value: float) -> str:
+    """Five significant digits."""
+    return f"{value:.5g}"
+
+
+def markdown(experiment: Experiment, made: Sequence[Row], command: str, setting: str) -> str:
+    """The table with its heading, what made it, and the notes; the figure lies beside it under the same name."""
+    lines = [
+        f"# {experiment.title}",
+        "",
+        f"{experiment.source}. Made by `{command}`; {setting}.",
+        "",
+        f"| {' | '.join(HEADINGS.values())} |",
+        "|---" * len(HEADINGS) + "|",
+        *(f"| {' | '.join(cells(row)[key] for key in HEADINGS)} |" for row in made),
+        "",
+        "Ours: mean over the seeds ± standard deviation. Chance: what guessing scores.",
+        "",
+        f"![{experiment.title}](reproduce-{experiment.name}.png)",
+    ]
+    if experiment.notes:
+        lines += ["", *(f"- {note}" for note in experiment.notes)]
+    return "\n".join(lines) + "\n"
