@@ -11,6 +11,7 @@ from nestling.tasks.mad import (
     NoisyRecall,
     SelectiveCopying,
 )
+from nestling.tasks.mixture import Mixture
 from nestling.tasks.mqar import Mqar
 from nestling.tasks.pass_key import PassKey
 from nestling.tasks.regression import OrthogonalTasks, stable_rule
@@ -28,6 +29,7 @@ __all__ = [
     "MadTask",
     "Memorisation",
     "Metric",
+    "Mixture",
     "Mqar",
     "NoisyRecall",
     "OrthogonalTasks",

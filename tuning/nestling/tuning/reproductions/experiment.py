@@ -13,6 +13,7 @@ class Outcome:
 
     Attributes:
         metrics: values by the names that the table has a row for; NaN where training diverged.
+        chance: what guessing scores in a metric, in the same unit.
         tokens: tokens trained on.
         parameters: of the model.
         validation: what candidates are chosen by, higher is better; apart from what the metrics are measured on.
@@ -20,6 +21,7 @@ class Outcome:
     """
 
     metrics: dict[str, float]
+    chance: dict[str, float] = field(default_factory=dict)
     tokens: int = 0
     parameters: int = 0
     validation: float | None = None
@@ -44,7 +46,6 @@ class Arm:
             and only the best one goes on to the other seeds and into the table.
         metrics: names of the metrics that the table shows, in order; other ones that were measured are only kept.
         paper: the paper's number for a metric, in the same unit.
-        chance: what guessing scores in a metric, in the same unit.
     """
 
     task: str
@@ -52,7 +53,6 @@ class Arm:
     candidates: Mapping[str, Work]
     metrics: Sequence[str]
     paper: Mapping[str, float] = field(default_factory=dict)
-    chance: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ def _rows(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Row]:
                 "ours": statistics.mean(values) if known else None,
                 "spread": statistics.stdev(values) if known and len(values) > 1 else None,
                 "paper": arm.paper.get(metric),
-                "chance": arm.chance.get(metric),
+                "chance": trials[0].outcome.chance.get(metric) if trials else None,
                 "seeds": len(values),
                 "tokens": round(statistics.mean(trial.outcome.tokens for trial in trials)) if trials else None,
                 "parameters": trials[0].outcome.parameters if trials else None,

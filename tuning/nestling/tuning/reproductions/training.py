@@ -15,12 +15,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from nestling.models import build
 from nestling.models.hope import mixers, set_chunk_size
 from nestling.optim import Levels
-from nestling.tasks import IGNORE, Examples, Task, drawn, generator, scores
+from nestling.tasks import IGNORE, Examples, Metric, Task, drawn, generator, scores
 from nestling.tuning.reproductions.experiment import Outcome
 from nestling.tuning.reproductions.recipe import Recipe
 
@@ -28,14 +28,16 @@ from nestling.tuning.reproductions.recipe import Recipe
 SCORED_TOKENS = 8192
 #: Largest number of points of a training curve that is kept.
 CURVE_POINTS = 100
+#: Stretches of a sequence whose loss is told apart.
+STRETCHES = 16
 
 
 @dataclass(frozen=True)
 class Training:
     """Train a model on a task, then score it on each of the task's tests: a `Work`.
 
-    Its metrics are the tests' names, in percent; with `writes_off`, "NAME, writes off" as well: the same trained model
-    with every step size of its memories at zero, the control that shows whether the memory does it.
+    Its metrics are the tests' names, in percent (a mean loss in bits); with `writes_off`, "NAME, writes off" as well: the
+    same trained model with every step size of its memories at zero, the control that shows whether the memory does it.
 
     Attributes:
         task: what is trained at the end, and tested.
@@ -57,9 +59,11 @@ class Training:
         model = self.task.readout(body)
         run = _Run(self, body, model, seed)
         stopped = run.train()
-        metrics = {name: math.nan for name in self.task.tests(seed)} if stopped == "diverged" else run.test()
+        tests = self.task.tests(seed)
+        chance = {name: _shown(self.task.chance(name), self.task.metric_of(name)) for name in tests}
         return Outcome(
-            metrics=metrics,
+            metrics=dict.fromkeys(tests, math.nan) if stopped == "diverged" else run.test(tests),
+            chance=chance | {_writes_off(name): value for name, value in chance.items()},
             tokens=run.tokens,
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             validation=None if stopped == "diverged" else run.validate(),
@@ -77,7 +81,7 @@ class _Run:
         self.optimizer = Levels(_groups(body, model, plan.recipe), optimizer=plan.recipe.optimizer, lr=0.0)
         self.tokens = self.done = 0
         self.curve: list[tuple[int, float]] = []
-        self.details: dict[str, dict[str, float]] = {}
+        self.details: dict[str, dict[str, Any]] = {}
 
     def train(self) -> str:
         """Train to the end; returns why it ended: "steps", "enough", "time" or "diverged"."""
@@ -99,21 +103,24 @@ class _Run:
         return "steps"
 
     def validate(self) -> float:
-        """The task's metric on the validation examples, from 0 to 1."""
-        return self._scores(self.validation)[self.plan.task.metric]
+        """The task's metric on the validation examples, from 0 to 1, or minus the bits: more is better."""
+        metric = self.plan.task.metric_of("validation")
+        value = self._scores(self.validation, metric)[metric]
+        return -value if metric == "bits" else value
 
-    def test(self) -> dict[str, float]:
-        """The task's metric on each test, in percent."""
-        task, found = self.plan.task, {}
-        tests = task.tests(self.seed)
+    def test(self, tests: Mapping[str, Examples]) -> dict[str, float]:
+        """The task's metric on each test, as it is shown."""
+        found = {}
         for name, examples in tests.items():
-            self.details[name] = self._scores(examples)
-            found[name] = 100 * self.details[name][task.metric]
+            metric = self.plan.task.metric_of(name)
+            self.details[name] = self._scores(examples, metric)
+            found[name] = _shown(self.details[name][metric], metric)
         if self.plan.writes_off:
             for mixer in mixers(self.body):
                 mixer.writes = False
             for name, examples in tests.items():
-                found[f"{name}, writes off"] = 100 * self._scores(examples)[task.metric]
+                metric = self.plan.task.metric_of(name)
+                found[_writes_off(name)] = _shown(self._scores(examples, metric)[metric], metric)
             for mixer in mixers(self.body):
                 mixer.writes = True
         return found
@@ -139,7 +146,8 @@ class _Run:
         if sizes:
             set_chunk_size(self.body, self.random.choice(sizes))
         self.model.train()
-        loss = self._loss(batch, "mean")
+        logits = self._logits(batch.inputs)
+        loss = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE)
         self.optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
@@ -150,18 +158,37 @@ class _Run:
         self.tokens += batch.inputs.numel()
         return loss.item()
 
-    def _loss(self, batch: Examples, reduction: str) -> torch.Tensor:
-        logits = self.model(batch.inputs)[0][..., : self.plan.task.classes].float()
-        return F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORE, reduction=reduction)
+    def _logits(self, inputs: Tensor) -> Tensor:
+        logits: Tensor = self.model(inputs)[0][..., : self.plan.task.classes].float()
+        return logits
 
     @torch.no_grad()
-    def _scores(self, examples: Examples) -> dict[str, float]:
+    def _scores(self, examples: Examples, metric: Metric) -> dict[str, Any]:
+        """Every score of the examples; for bits also by position, in so many stretches of the sequence."""
         self.model.eval()
         rows = max(1, SCORED_TOKENS // max(examples.inputs.shape[1], 1))
-        pieces = [
-            self.model(inputs)[0][..., : self.plan.task.classes].argmax(-1) for inputs in examples.inputs.split(rows)
+        pieces = zip(*(part.split(rows) for part in examples), strict=True)
+        if metric != "bits":
+            return scores(torch.cat([self._logits(inputs).argmax(-1) for inputs, _ in pieces]), examples.targets)
+        nats = [
+            F.cross_entropy(self._logits(inputs).mT, targets, ignore_index=IGNORE, reduction="none")
+            for inputs, targets in pieces
         ]
-        return scores(torch.cat(pieces), examples.targets)
+        bits, scored = torch.cat(nats).double() / math.log(2), examples.targets != IGNORE
+        stretches = zip(bits.chunk(STRETCHES, 1), scored.chunk(STRETCHES, 1), strict=True)
+        return {
+            "bits": (bits.sum() / scored.sum()).item(),
+            "by_position": [(part.sum() / count.sum()).item() for part, count in stretches],
+        }
+
+
+def _shown(value: float, metric: Metric) -> float:
+    """A score as the table shows it: shares in percent."""
+    return value if metric == "bits" else 100 * value
+
+
+def _writes_off(test: str) -> str:
+    return f"{test}, writes off"
 
 
 def _groups(body: nn.Module, model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
