@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -263,7 +264,8 @@ class Decoder(nn.Module):
 
     def __init__(self, model: nn.Module, classes: int) -> None:
         super().__init__()
-        width = model.config.width  # type: ignore[union-attr]
+        config: Any = model.config
+        width = config.width
         model.head = nn.Identity()
         self.model = model
         layers = [nn.RMSNorm(width), nn.Linear(width, width), nn.GELU(), nn.RMSNorm(width), nn.Linear(width, width)]

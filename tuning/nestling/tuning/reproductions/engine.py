@@ -61,11 +61,11 @@ def run_trials(experiment: Experiment, seeds: int, tell: Callable[[Progress], No
         arm, candidate, seed = waiting.pop(reference)
         ended.append(_result(reference, arm, candidate, seed))
         if len(arm.candidates) > 1 and seed == 0 and not any(other is arm for other, _, _ in waiting.values()):
-            chosen = best_candidate(arm, ended)
-            if chosen is None:
+            if (chosen := best_candidate(arm, ended)) is None:
                 total -= seeds - 1
-            for later in range(1, seeds) if chosen is not None else ():
-                submit(arm, chosen, later)
+            else:
+                for later in range(1, seeds):
+                    submit(arm, chosen, later)
         tell(Progress(ended[-1], len(ended), total))
     return ended
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,16 +24,14 @@ def bars(rows: Sequence[dict[str, Any]], path: str) -> None:
             panel.set_title(task, loc="left", fontsize=11, fontweight="bold", color=INK)
         for panel in list(panels)[len(tasks) :]:
             panel.set_visible(False)
-        handles, labels = {}, []
+        handles: dict[str, Any] = {}
         for panel in figure.axes:
             handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
-        labels = list(handles)
-        figure.legend(
-            [handles[label] for label in labels], labels, loc="outside lower center", ncols=6, frameon=False, fontsize=9
-        )
+        names = list(handles)
+        figure.legend(list(handles.values()), names, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
 
 
-def curves(series: dict[str, Sequence[tuple[float, float]]], path: str, labels: tuple[str, str], log: bool) -> None:
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], path: str, labels: tuple[str, str], log: bool) -> None:
     """Draw named curves of (x, y) points; `labels` name the axes, `log` makes the x-axis logarithmic."""
     with canvas(path, (8, 4.2)) as figure:
         axes = figure.add_subplot()

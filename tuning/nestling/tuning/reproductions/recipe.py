@@ -29,6 +29,8 @@ class Recipe:
     #: Update rule, one of `nestling.optim.COMPONENTS`, and its settings besides the learning rate.
     optimizer: str = "adamw"
     settings: Mapping[str, Any] = field(default_factory=lambda: {"betas": (0.9, 0.98), "weight_decay": 0.0})
+    #: Peak learning rate of what is no matrix (embeddings, head, filters, vectors); None: the same.
+    other_rate: float | None = None
     #: Optimizer steps between two moves of each Continuum Memory System level, fastest first; empty: every step.
     periods: tuple[int, ...] = ()
     #: Steps from one look at the validation examples to the next.
@@ -38,10 +40,10 @@ class Recipe:
     #: Seconds after which training ends; None: no limit. What it cuts short is told in the outcome.
     seconds: float | None = None
 
-    def rate(self, step: int) -> float:
-        """Learning rate at step `step`, counted from 1."""
+    def rate_factor(self, step: int) -> float:
+        """Share of the peak learning rate at step `step`, counted from 1."""
         if step <= self.warmup:
-            return self.learning_rate * step / self.warmup
+            return step / self.warmup
         progress = (step - self.warmup) / max(self.steps - self.warmup + 1, 1)  # no step has a rate of zero
         low = self.final_learning_rate
-        return self.learning_rate * (low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2)
+        return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2

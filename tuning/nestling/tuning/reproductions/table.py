@@ -17,7 +17,8 @@ def rows(experiment: Experiment, ended: Sequence[Trial | Failure]) -> list[Row]:
     """One row for each arm and metric, in the experiment's order.
 
     `ours` is the mean over the seeds and `spread` their standard deviation (None for one seed); `lowest` and `highest`
-    stand beside it. Where training diverged with any seed, or no trial of the arm came to an end, `ours` is None.
+    stand beside it. Where `ours` is None, `why` says "failed" (no trial came to an end), "diverged" (with some seed) or
+    "not measured" (only the paper has it).
     """
     return [row for arm in experiment.arms for row in _rows(arm, ended)]
 
@@ -27,8 +28,9 @@ def _rows(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Row]:
     trials = [trial for trial in of_arm(arm, ended) if trial.candidate == chosen]
     made = []
     for metric in arm.metrics:
-        values = [trial.outcome.metrics[metric] for trial in trials]
+        values = [trial.outcome.metrics[metric] for trial in trials if metric in trial.outcome.metrics]
         known = bool(values) and all(map(math.isfinite, values))
+        why = None if known else "diverged" if values else "not measured" if trials else "failed"
         made.append(
             {
                 "task": arm.task,
@@ -39,6 +41,7 @@ def _rows(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Row]:
                 "paper": arm.paper.get(metric),
                 "chance": trials[0].outcome.chance.get(metric) if trials else None,
                 "seeds": len(values),
+                "why": why,
                 "tokens": round(statistics.mean(trial.outcome.tokens for trial in trials)) if trials else None,
                 "parameters": trials[0].outcome.parameters if trials else None,
                 "lowest": min(values) if known else None,
@@ -66,7 +69,7 @@ HEADINGS = {
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
     """A row as a person reads it, by the keys of `HEADINGS`."""
     spread = "" if row["spread"] is None else f" ± {number(row['spread'])}"
-    ours = f"{number(row['ours'])}{spread}" if row["ours"] is not None else "diverged" if row["seeds"] else "failed"
+    ours = f"{number(row['ours'])}{spread}" if row["ours"] is not None else row["why"]
     model = f"{row['model']} ({row['candidate']})" if row["candidate"] else row["model"]
     counts = {key: "" if row[key] is None else f"{row[key]:,}" for key in ("seeds", "tokens", "parameters")}
     given = {key: "" if row[key] is None else number(row[key]) for key in ("paper", "chance")}

@@ -91,3 +91,9 @@ def _windows(text: Tensor, starts: Tensor, length: int) -> Examples:
     tokens = text[starts.unsqueeze(1) + torch.arange(length + 1)].long()
     targets = tokens[:, 1:]
     return Examples(tokens[:, :-1], targets.masked_fill(targets == SEPARATOR, IGNORE))
+
+
+def text_bytes(domain: str, side: str) -> bytes:
+    """The same documents as bytes, without separators."""
+    text = stream(domain, side)
+    return bytes(text[text != SEPARATOR].tolist())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nestling.models import build
 from nestling.models.hope import mixers, set_chunk_size
-from nestling.optim import Levels
+from nestling.optim import Levels, is_matrix
 from nestling.tasks import IGNORE, Examples, Metric, Task, drawn, generator, scores
 from nestling.tuning.reproductions.experiment import Outcome
 from nestling.tuning.reproductions.recipe import Recipe
@@ -36,7 +36,7 @@ STRETCHES = 16
 class Training:
     """Train a model on a task, then score it on each of the task's tests: a `Work`.
 
-    Its metrics are the tests' names, in percent (a mean loss in bits); with `writes_off`, "NAME, writes off" as well: the
+    Its metrics are the tests' names, in percent (a mean loss in bits); with `writes_off`, also "NAME, writes off": the
     same trained model with every step size of its memories at zero, the control that shows whether the memory does it.
 
     Attributes:
@@ -78,7 +78,7 @@ class _Run:
         self.generator = generator(4 * seed + 1)
         self.validation = plan.task.validation(generator(4 * seed + 2))
         self.random = drawn(generator(4 * seed + 3))
-        self.optimizer = Levels(_groups(body, model, plan.recipe), optimizer=plan.recipe.optimizer, lr=0.0)
+        self.optimizer = Levels(_groups(body, model, plan.recipe))
         self.tokens = self.done = 0
         self.curve: list[tuple[int, float]] = []
         self.details: dict[str, dict[str, Any]] = {}
@@ -152,7 +152,7 @@ class _Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = recipe.rate(self.done)
+            group["lr"] = group["peak"] * recipe.rate_factor(self.done)
         self.optimizer.step()
         set_chunk_size(self.body, None)
         self.tokens += batch.inputs.numel()
@@ -192,14 +192,25 @@ def _writes_off(test: str) -> str:
 
 
 def _groups(body: nn.Module, model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
-    """Parameter groups: each Continuum Memory System level that has a period of its own, and the rest."""
-    groups: list[dict[str, Any]] = []
-    if recipe.periods:
-        levels = body.level_parameters()  # type: ignore[operator]
-        groups = [
-            {"params": level, "name": f"level{place}", "period": period}
-            for place, (level, period) in enumerate(zip(levels, recipe.periods, strict=True), 1)
-        ]
-    taken = {id(parameter) for group in groups for parameter in group["params"]}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in taken]
-    return [{**group, **recipe.settings} for group in [{"params": rest}, *groups]]
+    """Parameter groups: Continuum Memory System levels with periods of their own and the rest, matrices apart."""
+    levels = body.level_parameters() if recipe.periods else []  # type: ignore[operator]
+    period = dict(enumerate(recipe.periods, 1))
+    level_of = {id(parameter): level for level, members in enumerate(levels, 1) for parameter in members}
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        level, matrix = level_of.get(id(parameter), 0), is_matrix(name, parameter)
+        peak = recipe.learning_rate if matrix or recipe.other_rate is None else recipe.other_rate
+        group = groups.setdefault(
+            (level, matrix),
+            {
+                "params": [],
+                "matrix": matrix,
+                "name": f"level{level}",
+                "period": period.get(level, 1),
+                "peak": peak,
+                "optimizer": recipe.optimizer,
+                **recipe.settings,
+            },
+        )
+        group["params"].append(parameter)
+    return list(groups.values())

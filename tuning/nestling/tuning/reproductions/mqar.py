@@ -1,0 +1,61 @@
+"""Multi-query associative recall: does the memory remember (arXiv:2312.04927; hope.md 7.3, no table of the paper's).
+
+Key-value pairs, then queries at random places; in the re-assigned variant keys get a second value, and the latest one
+counts. HOPE is also read with its writes switched off: then it must fall to what guessing scores.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from nestling.tasks.mqar import Mqar
+from nestling.tuning.reproductions.experiment import Arm, Experiment
+from nestling.tuning.reproductions.recipe import Recipe
+from nestling.tuning.reproductions.sizes import Model, beside, registered
+from nestling.tuning.reproductions.training import Training
+
+MODELS = ("hope", "transformer", "gated_delta_net", "delta_net", "linear_attention", "mamba2", "titans")
+#: Name in the table, the task, and easier tasks before it, each with its share of the steps.
+TASKS: dict[str, tuple[Mqar, tuple[tuple[float, Mqar], ...]]] = {
+    "8 pairs, 64 tokens": (Mqar(), ((0.2, Mqar(pairs=2)), (0.2, Mqar(pairs=4)))),
+    "16 pairs, 128 tokens": (
+        Mqar(pairs=16, length=128),
+        ((0.2, Mqar(pairs=2, length=128)), (0.2, Mqar(pairs=4, length=128)), (0.2, Mqar(pairs=8, length=128))),
+    ),
+    "8 pairs, 4 assigned again, 64 tokens": (Mqar(updates=4), ((0.2, Mqar(pairs=2)), (0.2, Mqar(pairs=4)))),
+}
+HOPE: Model = {
+    "name": "hope",
+    "width": 64,
+    "layers": 2,
+    "heads": 2,
+    "level_widths": [128],
+    "chunk_size": 64,
+    "step_size": "direct",
+    "eta_bias": 0.0,
+}
+RECIPE: dict[str, Any] = {"steps": 1000, "batch": 32, "learning_rate": 5e-3, "enough": 0.999}
+RATES = {"transformer": 2e-3}
+
+
+def experiment(full: bool) -> Experiment:
+    """`full`: ten times the steps."""
+    arms = []
+    for title, (task, easier) in TASKS.items():
+        for name in registered(MODELS):
+            steps = RECIPE["steps"] * (10 if full else 1)
+            stages = tuple((round(share * steps), stage) for share, stage in easier)
+            recipe = Recipe(**{**RECIPE, "steps": steps, "learning_rate": RATES.get(name, RECIPE["learning_rate"])})
+            work = Training(task, beside(name, HOPE, task.vocab_size), recipe, stages, writes_off=name == "hope")
+            metrics = ("test", "test, writes off") if name == "hope" else ("test",)
+            arms.append(Arm(title, name, {"": work}, metrics))
+    return Experiment(
+        name="mqar",
+        title="Multi-query associative recall",
+        source="arXiv:2312.04927; arXiv:2512.24695 has no table of it",
+        arms=arms,
+        notes=(
+            "Queries answered right, in percent. Writes off: the trained model with the step sizes of its memories at "
+            "zero. All models have as many parameters as HOPE.",
+        ),
+    )
