@@ -36,7 +36,13 @@ def experiment(full: bool) -> Experiment:
     arms = []
     for name, component, settings, rates in OPTIMIZERS:
         other = None if component == "adamw" else OTHER_RATE
-        recipe = {"steps": steps, "batch": batch, "optimizer": component, "settings": settings, "other_rate": other}
+        recipe: dict[str, Any] = {
+            "steps": steps,
+            "batch": batch,
+            "optimizer": component,
+            "settings": settings,
+            "other_rate": other,
+        }
         candidates = {f"rate {rate:g}": Training(Text(), model, Recipe(learning_rate=rate, **recipe)) for rate in rates}
         arms.append(Arm(TASK, name, candidates, ("held-out",)))
     return Experiment(
