@@ -28,7 +28,7 @@ class Copy(Task):
     name = "copy"
     shift: int = 0
     shown: Metric = "accuracy"
-    seen: list[int] = field(default_factory=list)
+    seen: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def vocab_size(self) -> int:
@@ -38,7 +38,7 @@ class Copy(Task):
         return self.shown
 
     def sample(self, count: int, source: torch.Generator) -> Examples:
-        self.seen.append(count)
+        self.seen.append((self.shift, count))
         inputs = torch.randint(6, (count, 8), generator=source)
         return Examples(inputs, (inputs + self.shift) % 6)
 
@@ -64,13 +64,14 @@ def test_it_learns_and_ends_when_validation_is_right() -> None:
 def test_a_recipe_can_go_through_fixed_examples_in_epochs() -> None:
     task = Copy(seen=[])
     Training(task, TRANSFORMER, Recipe(steps=7, batch=4, examples=12))(0)
-    assert task.seen == [128, 12, 20]  # validation, the training set once, the test
+    assert [count for _, count in task.seen] == [128, 12, 20]  # validation, the training set once, the test
 
 
 def test_stages_come_before_the_task() -> None:
-    first, then = Copy(shift=1, seen=[]), Copy(seen=[])
+    seen: list[tuple[int, int]] = []
+    first, then = Copy(shift=1, seen=seen), Copy(seen=seen)
     Training(then, TRANSFORMER, Recipe(steps=7, batch=4), stages=((3, first),))(0)
-    assert first.seen == [4] * 3 and then.seen == [128, *[4] * 4, 20]
+    assert seen == [(0, 128), *[(1, 4)] * 3, *[(0, 4)] * 4, (0, 20)]
 
 
 def test_what_diverges_is_no_number() -> None:

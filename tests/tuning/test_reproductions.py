@@ -107,7 +107,7 @@ def test_two_timescales_to_the_published_digits() -> None:
     for arm in plan.arms[:-1]:
         (learner,) = arm.candidates.values()
         found = dict(zip(METRICS, learner(0).metrics.values(), strict=True))
-        if found["mean |error|"] <= 0.40 and found["mean |slope - 2|, last 100"] <= 0.10:
+        if found["mean absolute error"] <= 0.40 and found["mean slope error, last 100"] <= 0.10:
             good.append(arm.model)
     assert good == ["two levels, 0.05 / 0.8, no decay"]
 
@@ -124,7 +124,7 @@ def test_equal_parameters_by_construction() -> None:
                 with torch.device("meta"):
                     model = build({**work.model, "vocab_size": vocabulary})  # type: ignore[attr-defined]
                 counts.add(sum(parameter.numel() for parameter in model.parameters()))
-        assert max(counts) <= 1.01 * min(counts)
+        assert max(counts) <= 1.02 * min(counts)
 
 
 # --- every experiment through the engine, at a tiny size

@@ -30,8 +30,8 @@ OPTIMIZERS: tuple[tuple[str, str, Mapping[str, Any], tuple[float, ...]], ...] = 
 
 
 def experiment(full: bool) -> Experiment:
-    """A Transformer of 0.5 million parameters on 0.8 million bytes; `full`: of 4 million on 16 million bytes."""
-    width, layers, steps, batch = (256, 4, 4000, 16) if full else (128, 2, 800, 4)
+    """A Transformer of 0.5 million parameters on 0.6 million bytes; `full`: of 4 million on 16 million bytes."""
+    width, layers, steps, batch = (256, 4, 4000, 16) if full else (128, 2, 600, 4)
     model = {"name": "transformer", "width": width, "layers": layers, "heads": width // 32}
     arms = []
     for name, component, settings, rates in OPTIMIZERS:

@@ -135,7 +135,7 @@ def _write(
 ) -> dict[str, Path]:
     """The table, the figure and the numbers, by suffix."""
     files = {suffix: folder / f"reproduce-{experiment.name}{suffix}" for suffix in (".md", ".png", ".json")}
-    setting = f"seeds 0 to {seeds - 1}, {seconds / 60:.1f} minutes on {_machine()}"
+    setting = f"{'seed 0' if seeds == 1 else f'seeds 0 to {seeds - 1}'}, {seconds / 60:.1f} minutes on {_machine()}"
     files[".md"].write_text(markdown(experiment, made, command, setting), encoding="utf-8")
     numbers = {"name": experiment.name, "command": command, "seconds": round(seconds, 1), "machine": _machine()}
     files[".json"].write_text(json.dumps(numbers | {"rows": made}, indent=1) + "\n", encoding="utf-8")

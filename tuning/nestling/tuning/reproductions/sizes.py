@@ -20,7 +20,7 @@ def registered(names: Iterable[str]) -> list[str]:
 
 
 def beside(name: str, hope: Model, vocab_size: int) -> Model:
-    """The model `name` with the layers, heads and number of parameters of `hope`; HOPE is itself."""
+    """The model `name` with the layers, heads and, within 1 %, the parameters of `hope`; HOPE is itself."""
     if name == hope["name"]:
         return hope
     model: Model = json.loads(_matched(name, json.dumps(dict(hope)), vocab_size))
@@ -32,7 +32,7 @@ def _matched(name: str, hope: str, vocab_size: int) -> str:
     """`beside`, on JSON so that it can be kept: counting takes a second."""
     target = json.loads(hope) | {"vocab_size": vocab_size}
     shape = {key: target[key] for key in ("vocab_size", "width", "layers", "heads")}
-    matched = asdict(match_parameters(_config(shape | {"name": name}), _config(target)))
+    matched = asdict(match_parameters(_config(shape | {"name": name}), _config(target), tolerance=0.01))
     del matched["vocab_size"]
     return json.dumps(matched)
 

@@ -77,8 +77,8 @@ def cells(row: Mapping[str, Any]) -> dict[str, str]:
 
 
 def number(value: float) -> str:
-    """Five significant digits."""
-    return f"{value:.5g}"
+    """Four decimals at most; what is smaller than that in two digits."""
+    return f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
 
 
 def markdown(experiment: Experiment, made: Sequence[Row], command: str, setting: str) -> str:

@@ -21,8 +21,8 @@ from nestling.tuning.reproductions.experiment import Arm, Experiment, Outcome, T
 #: Learning rates of the one-level learners that are tried beside the published one.
 GRID = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.8)
 SLOPE, BIAS, TOTAL, MEAN, LAST, SLOPE_LAST = (
-    *("final slope", "final bias", "sum |error|", "mean |error|", "mean |error|, last 100"),
-    "mean |slope - 2|, last 100",
+    *("final slope", "final bias", "sum of absolute errors", "mean absolute error"),
+    *("mean absolute error, last 100", "mean slope error, last 100"),
 )
 METRICS = (SLOPE, BIAS, TOTAL, MEAN, LAST, SLOPE_LAST)
 #: What the seed of the data is when the person's seed is 0: that of the published script.
