@@ -26,7 +26,7 @@ from nestling.tuning.reproductions.text import Text
 from nestling.tuning.reproductions.training import Training
 from nestling.tuning.reproductions.two_timescales import ARMS, FLOOR, METRICS, NoiseFloor
 
-#: As hope.md has them: task, then the models' numbers.
+#: As arXiv:2512.24695 prints them: task, then the models' numbers.
 MAD = """
 compression: transformer 49.4 titans 49.8 hope 51.2
 in-context recall: transformer 100 titans 100 hope 100
@@ -54,7 +54,7 @@ NEEDLES = {
 }
 
 
-#: What a row has for outside programs (spec/cli.md).
+#: What a row has for outside programs.
 ROW = ("task", "model", "metric", "ours", "spread", "paper", "chance", "seeds", "tokens", "parameters")
 
 

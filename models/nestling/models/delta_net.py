@@ -104,7 +104,7 @@ class FastWeights(Mixer):
 
 
 class LinearAttention(FastWeights):
-    """`S_t = S_{t-1} + v_t phi(k_t)^T`, read with phi(q_t) (arXiv:2006.16236; hope.md 1).
+    """`S_t = S_{t-1} + v_t phi(k_t)^T`, read with phi(q_t) (arXiv:2006.16236; arXiv:2512.24695, Eq. 14-18).
 
     A norm of what each head reads takes the normaliser's place (arXiv:2210.10340): dividing by one number per token and
     head changes nothing that a norm follows. phi is the SiLU that ends the convolution.

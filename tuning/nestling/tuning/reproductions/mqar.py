@@ -1,4 +1,4 @@
-"""Multi-query associative recall: does the memory remember (arXiv:2312.04927; hope.md 7.3, no table of the paper's).
+"""Multi-query associative recall: does the memory remember (arXiv:2312.04927; arXiv:2512.24695 has no table of it).
 
 Key-value pairs, then queries at random places; in the re-assigned variant keys get a second value, and the latest one
 counts. HOPE is also read with its writes switched off: then it must fall to what guessing scores.
