@@ -1,4 +1,4 @@
-"""Optimizers against plain loops over their equations (arXiv:2512.24695, Sections 4 and 7), in float64, and their settings."""
+"""Optimizers against plain loops over their equations (arXiv:2512.24695), in float64, and their settings."""
 
 from copy import deepcopy
 from functools import partial

@@ -139,7 +139,7 @@ def tiny_task(task: Task) -> Task:
 
 
 def tiny_model(model: Mapping[str, Any]) -> dict[str, Any]:
-    small = {"name": model["name"], "width": 8, "heads": 2, "layers": model["layers"]}
+    small = {"name": model["name"], "width": 16, "heads": 1, "layers": model["layers"]}
     kept = {key: value for key, value in model.items() if key not in small and not key.endswith(("width", "widths"))}
     widths = [8] * len(model["level_widths"]) if "level_widths" in model else None
     return small | kept | ({"level_widths": widths} if widths is not None else {})
