@@ -73,7 +73,7 @@ def read_memory(name: str, layers: Layers, z: Tensor) -> Tensor:
 def layer_gradients(
     name: str, frozen: Layers, k: Tensor, v: Tensor, eta: Tensor, rule: Rule
 ) -> list[tuple[Tensor, Tensor, Tensor, bool]]:
-    """Key, local gradient at `frozen`, step and erase of each layer that is written, w1 first (Eq. 83-88)."""
+    """Key, local gradient at `frozen`, step and erase of each layer that is written, w1 first (Eq. 83-88, 92-93)."""
     target = read_memory(name, frozen, l2norm(v))
     error = read_memory(name, frozen, k) - target if rule.objective == "l2" else -target
     if len(frozen) == 1:

@@ -76,7 +76,7 @@ def local(gradients_at: GradientsAt, reading: Reading, rates: Sequence[float]) -
     """Delta Gradient Descent in each linear layer W z = y of a level with rate eta, plain gradients elsewhere.
 
     sum_t (delta_t + y_t) z_t^T / (1 + eta |z_t|^2), with delta_t the loss's gradient at y_t: for one token, exactly the
-    proximal step of Eq. 56.
+    proximal step of Eq. 56, with the layer's own value -delta_t (Eq. 58).
     """
     layers = reading.layers
     places = [layers[n][1] if n in layers else w for weights in reading.weights for n, w in weights.items()]

@@ -28,9 +28,9 @@ def fast_weight_scan(
 
     `erase=True` is the gated delta rule `S_t = alpha_t S_{t-1} (I - beta_t k_t k_t^T) + beta_t v_t k_t^T`
     (arXiv:2412.06464, Eq. 10; with alpha = 1 the delta rule of arXiv:2406.06484), `erase=False` the gated Hebbian rule
-    `S_t = alpha_t S_{t-1} + beta_t v_t k_t^T` (linear attention; Mamba-2, arXiv:2405.21060). Both are `delta_scan`:
-    there the gate does not scale the erased part, so a step of alpha beta on the value v / alpha is the gated delta
-    rule.
+    `S_t = alpha_t S_{t-1} + beta_t v_t k_t^T` (linear attention; Mamba-2, arXiv:2405.21060); in arXiv:2512.24695 they
+    are Eq. 65 and 64. Both are `delta_scan`: there the gate does not scale the erased part, so a step of alpha beta on
+    the value v / alpha is the gated delta rule.
 
     Args:
         queries, keys: (B, H, T, n) and values (B, H, T, m), in one dtype.

@@ -25,7 +25,10 @@ def buffer(state: State, name: str, parameter: Tensor) -> Tensor:
 
 
 def adamw(parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any], whole: Whole) -> Tensor:
-    """AdamW (Loshchilov & Hutter 2019); `state["updates"]` counts from 1 and corrects the bias of both averages."""
+    """AdamW (Loshchilov & Hutter 2019), the memory of Eq. 100-105 with decay.
+
+    `state["updates"]` counts from 1 and corrects the bias of both averages.
+    """
     beta1, beta2 = group["betas"][:2]
     average = buffer(state, "exp_avg", parameter).lerp_(gradient, 1 - beta1)
     square = buffer(state, "exp_avg_sq", parameter).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -35,12 +38,12 @@ def adamw(parameter: Tensor, gradient: Tensor, state: State, group: dict[str, An
 
 
 def descent(parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any], whole: Whole) -> Tensor:
-    """Gradient descent with decoupled weight decay."""
+    """Gradient descent (Eq. 1, 8, 30) with decoupled weight decay."""
     return gradient.add(parameter, alpha=group["weight_decay"]).mul_(-group["lr"])
 
 
 def sgd(parameter: Tensor, gradient: Tensor, state: State, group: dict[str, Any], whole: Whole) -> Tensor:
-    """Gradient descent with momentum `group["momentum"]` and decoupled weight decay."""
+    """Gradient descent with momentum `group["momentum"]` (Eq. 10-11, 33) and decoupled weight decay."""
     if group["momentum"]:
         gradient = buffer(state, "momentum", parameter).mul_(group["momentum"]).add_(gradient)
     return descent(parameter, gradient, state, group, whole)
