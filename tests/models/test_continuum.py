@@ -271,6 +271,18 @@ def test_the_rates_are_of_the_mean_error():
                 torch.testing.assert_close(state.levels[0].weights[name][row], expected.detach())
 
 
+@pytest.mark.parametrize("zero", [1, 2])
+def test_a_level_is_reset_by_a_slower_one_that_stays(zero):
+    """A rate of 0 is the limit of small ones: what a level is reset to does not move, the reset is made."""
+    model, text = attention("nested"), tokens(14)
+    results = []
+    for small in (0.0, 1e-9):
+        rates = [0.7, 0.5, 0.3]
+        rates[zero] = small
+        results.append(Continuum(model, PERIODS, rates)(text)[0])
+    torch.testing.assert_close(*results, rtol=0, atol=1e-7)
+
+
 def test_nested_levels_are_reset_to_what_the_slower_level_has_learned():
     model = attention("nested")
     continuum, text = Continuum(model, PERIODS, RATES), tokens(30)

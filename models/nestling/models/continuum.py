@@ -192,14 +192,16 @@ class Continuum(nn.Module):
         return level
 
     def _slower(self, number: int) -> tuple[float, int] | None:
-        """Rate and period of the level that learns what this one is reset to, if there is one."""
-        if not self.nested or number + 1 == len(self.rates) or not self.rates[number + 1]:
+        """Rate and period of the level that learns what this one is reset to; None without one, or if neither moves."""
+        if not self.nested or number + 1 == len(self.rates) or not any(self.rates[number : number + 2]):
             return None
         return self.rates[number + 1], self.periods[number + 1]
 
     def _moving(self) -> list[int]:
-        """The periods at whose ends something moves."""
-        return [period for period, rate in zip(self.periods, self.rates, strict=True) if rate]
+        """The periods at whose ends something moves or is reset."""
+        slower = (self._slower(number) for number in range(len(self.rates)))
+        moving = [period for period, rate in zip(self.periods, self.rates, strict=True) if rate]
+        return moving + [each[1] for each in slower if each]
 
     def _at_end(self, position: int) -> bool:
         return any(position % period == 0 for period in self._moving())
