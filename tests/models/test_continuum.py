@@ -296,6 +296,12 @@ def test_nested_levels_are_reset_to_what_the_slower_level_has_learned():
     assert slowest.start is None and slowest.updates == 2
 
 
+def test_another_models_state_is_refused():
+    model, text = attention(), tokens(6)
+    with pytest.raises(ValueError, match="state: got list"):
+        Continuum(model, PERIODS, RATES)(text, model.initial_state(len(text)))
+
+
 def test_a_level_that_stays_can_still_be_reset():
     """Rate 0 on the fast level: only its start moves, with the slower level."""
     continuum, text = Continuum(attention("nested"), PERIODS, (0.0, 0.2, 0.0)), tokens(6)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nestling.models import build
 from nestling.optim import (
     M3,
     DeepMomentum,
@@ -15,6 +16,7 @@ from nestling.optim import (
     DeltaMomentum,
     Levels,
     Muon,
+    is_matrix,
     matrix_groups,
     newton_schulz,
     watch_inputs,
@@ -403,3 +405,22 @@ def test_a_shard_is_not_taken_for_a_vector(make):
     optimizer.param_groups[0]["params"] = [shard]
     with pytest.raises(RuntimeError, match="none of the parameters it was made with, such as a flat shard of ZeRO"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("make", [M3, Muon])
+def test_names_tell_embeddings_and_heads_from_matrices(make):
+    model = build({"name": "transformer", "vocab_size": 31, "width": 16, "layers": 1, "heads": 2})
+    by_names, by_groups = make(model.named_parameters(), 0.1), make(matrix_groups(model), 0.1)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    by_names.step()
+    assert {name for name, p in model.named_parameters() if "exp_avg" in by_names.state[p]} == {
+        name for name, p in model.named_parameters() if not is_matrix(name, p)
+    }
+    moved = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter, value in zip(model.parameters(), start, strict=True):
+        parameter.data.copy_(value)
+    by_groups.step()
+    for parameter, value in zip(model.parameters(), moved, strict=True):
+        assert torch.equal(parameter, value)

@@ -108,7 +108,8 @@ def test_frequencies_parameters_and_state_are_those_of_a_run(name, optimizer, ch
     for kept_name, count in bytes_kept.items():
         assert rows[kept_name].component.state_bytes == count
     starts = {n for n in bytes_kept if ": start" in n and rows[n].component.context == "tokens"}
-    assert {n for n, row in rows.items() if row.component.context == "gradients"} == set(bytes_kept) - starts
+    of_gradients = {n for n, row in rows.items() if row.component.context == "gradients" and row.per == "batch"}
+    assert of_gradients == set(bytes_kept) - starts
 
 
 def test_levels_are_ordered_and_what_moves_weights_comes_before_them():
@@ -121,9 +122,13 @@ def test_levels_are_ordered_and_what_moves_weights_comes_before_them():
     assert level["level2: accumulator"] == level["base: exp_avg"] < level["level2: exp_avg"]
 
 
-@pytest.mark.parametrize("read", ["before", "boundary"])
-def test_memories_change_as_often_as_they_say(read):
-    settings = config(model={"read": read, "eta_bias": 0.0, "write": "all"})
+@pytest.mark.parametrize(
+    "changed",
+    [{}, {"read": "boundary"}, {"chunk_size": 5}, {"chunk_size": 64, "projection_chunk_size": 64}, {"momentum": 0.5}],
+)
+def test_memories_change_as_often_as_they_say(changed):
+    settings = config(model={"eta_bias": -1.0, "write": "all", **changed})
+    read = settings.model.read
     rows = {row.component.name: row for row in nested_view(settings)}
     torch.manual_seed(0)
     model = build(settings.model)
@@ -138,14 +143,21 @@ def test_memories_change_as_often_as_they_say(read):
         changes["main memory"] += not torch.equal(seen[0]["memory"][0], seen[1]["memory"][0])
     for name, count in changes.items():
         assert count == rows[name].updates_per_step == rows[name].component.updates_per_token * LENGTH
+        assert rows[name].per == "sequence"
+    sums = {n: row for n, row in rows.items() if n.endswith("memory: momentum")}
+    assert len(sums) == (5 if settings.model.momentum else 0)
+    for name, row in sums.items():
+        held = state[0].memory.momentum[name.split()[0].replace("main", "memory")]
+        assert row.component.state_bytes == 2 * sum(s.numel() * 4 for s in held)  # two blocks
     memory = state[0].memory
     held = sum(w.numel() * 4 for part in (memory.weights, memory.snapshots) for w in part["key"])
     assert rows["key memory"].component.state_bytes == 2 * held  # two blocks
 
 
+@pytest.mark.parametrize("tie", [False, True])
 @pytest.mark.parametrize("name", sorted(set(MODEL_CONFIGS) - {"hope", "lstm"}))
-def test_the_operations_of_weights_are_those_counted(name):
-    settings = config(model={"name": name}, levels=LADDER[:1])
+def test_the_operations_of_weights_are_those_counted(name, tie):
+    settings = config(model={"name": name, "tie_head": tie}, levels=LADDER[:1])
     rows = nested_view(settings)
     weights = [row.component for row in rows if row.component.parameters]
     model = build(settings.model)
@@ -154,7 +166,9 @@ def test_the_operations_of_weights_are_those_counted(name):
     products = counter.get_flop_counts()["Global"]
     linear = sum(flops for op, flops in products.items() if str(op) in ("aten.mm", "aten.addmm"))
     tables = sum(
-        2 * p.numel() for n, p in model.named_parameters() if p.dim() == 2 and "embedding" not in n and "conv" not in n
+        2 * p.numel()
+        for n, p in model.named_parameters()
+        if p.dim() == 2 and ("embedding" not in n or tie) and "conv" not in n
     )
     assert linear == tables * LENGTH
     moving = sum(14 * part.parameters / settings.training.batch_tokens for part in weights)

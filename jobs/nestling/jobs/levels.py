@@ -39,6 +39,7 @@ def levels(
     levels_figure([(row.component, row.level) for row in rows], picture, f"{config.run.name}: {config.model.name}")
     if not as_json:
         print_table(_table(rows))
+        print("Updates are per token of its sequence for what lives in one, of the batch for what is trained.")
         say(f"figure: {picture}")
     return {"components": [_record(row) for row in rows], "figure": picture}
 
@@ -79,6 +80,7 @@ def _record(row: Row) -> dict[str, Any]:
         "rule": part.rule,
         "updates_per_token": part.updates_per_token,
         "updates_per_step": row.updates_per_step,
+        "per": row.per,
         "parameters": part.parameters,
         "state_bytes": part.state_bytes,
         "flops_per_token": part.flops_per_token,

@@ -224,6 +224,8 @@ class Continuum(nn.Module):
             raise ValueError("model.activation_checkpointing: got True, levels that move while reading need False")
         if state is None:
             return
+        if not isinstance(state, ContinuumState):
+            raise ValueError(f"state: got {type(state).__name__}, needs the state that a Continuum has given back")
         if len(state.levels) != len(self.names) or len(state.tokens) != len(tokens):
             raise ValueError(
                 f"state: got {len(state.levels)} levels of {len(state.tokens)} rows, needs {len(self.names)} of "

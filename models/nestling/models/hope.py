@@ -3,7 +3,8 @@
 `x += Out(gate * Norm(SelfModifyingTitans(Conv(Norm(x)))))`, then the Continuum Memory System's levels. No
 positional encoding. Each head owns five small memories whose initial weights are trained through their own updates.
 Parameters of a block of width d with H heads of width D and memories of width N, besides norms and levels:
-4 d^2 + conv_width d + H N (8 D + 2). Every row of the ablation (Table 6) is a setting of `HopeConfig`.
+4 d^2 + conv_width d + H N (8 D + 2); a memory for queries adds 2 H N D. Every row of the ablation (Table 6) is a setting
+of `HopeConfig`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from nestling.memory import MemoryState, memory_gates, self_modifying_scan
 from nestling.memory.rule import l2norm
 from nestling.memory.state import ALL_MEMORIES, SCALAR_MEMORIES
 from nestling.models.cms import continuum_memory
-from nestling.models.component import TOKENS, Component
+from nestling.models.component import TOKENS, Component, momentum_of
 from nestling.models.config import HopeConfig
 from nestling.models.convolution import ShortConvolution
 from nestling.models.skeleton import LanguageModel, Mixer, linear
@@ -106,31 +107,34 @@ class SelfModifyingTitans(Mixer):
         return self.output(read * F.silu(self.gate(x))), MixerState(tail, memory)
 
     def components(self, tokens: int) -> list[Component]:
-        rule, weights = self.config, self.initial_state(1).memory.weights
+        rule, memory = self.config, self.initial_state(1).memory
         objective = "½‖M(k) − M(v)‖², its own value v (Eq. 93)" if rule.objective == "l2" else "−⟨M(k), M(v)⟩ (Eq. 92)"
         descent = "gradient descent" if rule.erase == "none" else "Delta Gradient Descent"
-        descent += " with momentum" if rule.momentum else ""
         found = []
         for name in self.adaptive:
-            chunk = self.chunk_size if name == "memory" else self.projection_chunk_size or self.chunk_size
+            drawn = rule.redraw_chunk_sizes
+            chunks = drawn or [self.chunk_size if name == "memory" else self.projection_chunk_size or self.chunk_size]
             evolving = name == "memory" and rule.read != "boundary"
-            layers = [layer.numel() for layer in weights[name]]
-            written = layers[0] if rule.write == "last" else sum(layers)
-            reads = 6 * sum(layers)  # of k and v for the gradient, and of x or the query
-            errors = 2 * layers[0] if written > layers[0] else 0  # carried back to w2
-            moves = (3 + 2 * (rule.erase != "none") + 3 * (rule.momentum > 0)) * written
-            held = 2 * sum(layers) + written * (rule.momentum > 0)  # weights, snapshot, momentum
+            seen = tokens if evolving else sum(tokens // chunk for chunk in chunks) / len(chunks)
+            layers, size = [layer.numel() for layer in memory.weights[name]], memory.weights[name][0].element_size()
+            last, first = layers[0], sum(layers[1:]) if rule.write == "all" else 0
+            erased = last * (rule.erase in ("all", "last")) + first * (rule.erase in ("all", "first"))
+            if len(layers) == 1:  # a matrix is its own first and last layer
+                erased = last * (rule.erase != "none")
             found.append(
                 Component(
                     name=f"{_called(name)} memory",
                     context=TOKENS,
                     objective=objective,
-                    rule=f"{descent} with retention, errors of chunks of {chunk} (Eq. 57, 88, 90)",
-                    updates_per_token=1.0 if evolving else 1 / chunk,
-                    state_bytes=held * weights[name][0].element_size(),
-                    flops_per_token=reads + errors + moves,
+                    rule=f"{descent} with retention, errors of chunks of {_listed(chunks)} (Eq. 57, 88, 90)",
+                    updates_per_token=seen / max(tokens, 1),
+                    state_bytes=2 * sum(layers) * size,  # weights and snapshot
+                    # Reads of k and v for the gradient and of x or the query, the error's way back, decay and write.
+                    flops_per_token=6 * sum(layers) + 2 * last * (first > 0) + 3 * (last + first) + 2 * erased,
                 )
             )
+            if rule.momentum:
+                found.append(momentum_of(f"{_called(name)} memory", last + first, size))
         return found
 
     def role(self, name: str) -> str:
@@ -185,6 +189,12 @@ class SelfModifyingTitans(Mixer):
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.config.heads, -1)).transpose(1, 2)
+
+
+def _listed(chunks: list[int]) -> str:
+    """ "64", or "4, 6 or 8" where one is drawn at each step."""
+    *others, last = map(str, chunks)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _called(memory: str) -> str:

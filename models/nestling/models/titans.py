@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nestling.memory import TitansState, titans_scan
 from nestling.memory.rule import l2norm
-from nestling.models.component import TOKENS, Component
+from nestling.models.component import TOKENS, Component, momentum_of
 from nestling.models.config import TitansConfig
 from nestling.models.convolution import ShortConvolution
 from nestling.models.fast_weights import per_head, to_heads
@@ -78,22 +78,23 @@ class LongTermMemory(Mixer):
         return state
 
     def components(self, tokens: int) -> list[Component]:
-        c, (w1, w2) = self.config, (self.w1.numel(), self.w2.numel())
-        return [
-            Component(
-                name="long-term memory",
-                context=TOKENS,
-                objective="½‖M(k) − v‖² (arXiv:2501.00663, Eq. 12)",
-                rule=f"gradient descent with momentum and decay, errors of chunks of {c.chunk_size} (Eq. 9-14 there)",
-                updates_per_token=1 / c.chunk_size if c.read == "boundary" else 1.0,
-                state_bytes=3 * (w1 + w2) * self.w1.element_size(),  # weights, momentum, snapshot
-                flops_per_token=4 * (w1 + w2) + 2 * w1 + 6 * (w1 + w2),  # reads of k and q, errors, moves
-            )
-        ]
+        c, size, w1, w2 = self.config, self.w1.element_size(), self.w1.numel(), self.w2.numel()
+        seen = tokens // c.chunk_size if c.read == "boundary" else tokens
+        memory = Component(
+            name="long-term memory",
+            context=TOKENS,
+            objective="½‖M(k) − v‖² (arXiv:2501.00663, Eq. 12)",
+            rule=f"gradient descent with retention, errors of chunks of {c.chunk_size} (Eq. 13-14 there)",
+            updates_per_token=seen / max(tokens, 1),
+            state_bytes=2 * (w1 + w2) * size,  # weights and snapshot
+            # Reads of k for the gradient and of the query, the error's way back, decay and step.
+            flops_per_token=4 * (w1 + w2) + 2 * w1 + 3 * (w1 + w2),
+        )
+        return [memory, momentum_of(memory.name, w1 + w2, size)]
 
     def role(self, name: str) -> str:
         if name == "persistent":
-            return "persistent tokens"
+            return "initial persistent tokens"
         return "initial long-term memory" if name in ("w1", "w2") else "projections"
 
     def forward(self, x: Tensor, state: LongTermMemoryState | None) -> tuple[Tensor, LongTermMemoryState]:

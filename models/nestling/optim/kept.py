@@ -44,8 +44,8 @@ _DESCRIBED: dict[str, Described] = {
         "M3: orthogonalised momenta of two speeds (Alg. 1, Eq. 75)",
         16,
         {
-            "fast": Kept("−⟨m, g⟩ + decay", "decaying mean of g (Eq. 75)"),
-            "second": _SQUARE,
+            "fast": Kept("−⟨m, g⟩ + decay", "mean of g, decaying (as printed: a sum without decay) (Eq. 75)"),
+            "second": Kept(_SQUARE.objective, "sum of g², decaying, or (adamuon) of what is orthogonalised (Alg. 1)"),
             "block": Kept("−⟨m, g⟩ over a block", "sum of the block's g (Eq. 75)"),
             "slow": Kept("−⟨m, g⟩ over all blocks + decay", "takes in a block of g at once (Eq. 75)", "slow_period"),
             "direction": Kept("‖OᵀO − I‖² near m", "Newton-Schulz of the slow momentum (Eq. 43-44)", "slow_period"),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nestling.optim.components import COMPONENTS, SETTINGS, check_settings, rule_of
-from nestling.optim.matrices import Unsharded, Whole
+from nestling.optim.matrices import Unsharded, Whole, is_matrix
 from nestling.optim.nested import enclosing, remember, reset
 
 UNITS = ("steps", "tokens")
@@ -24,7 +24,8 @@ class Levels(torch.optim.Optimizer):
     """An optimizer whose parameter groups are levels.
 
     Args:
-        params: parameters, or dicts of `params` and any of the settings below (as in every torch optimizer).
+        params: parameters, named or not, or dicts of `params` and any of the settings below (as in every torch
+            optimizer).
         lr: learning rate.
         name: the level's name; groups of the same name are one level.
         period: steps or tokens between two moves of a level.
@@ -34,7 +35,8 @@ class Levels(torch.optim.Optimizer):
         optimizer: update rule of the level, one of `COMPONENTS`: "adamw", "sgd", "m3", "muon", "delta_momentum",
             "deep_momentum", "delta_gradient_descent".
         matrix: whether parameters of two and more dimensions are matrices (..., rows, columns) to m3, muon and
-            delta_gradient_descent; set it to False for embeddings and heads (`matrix_groups` does). What is no matrix
+            delta_gradient_descent; set it to False for embeddings and heads (`matrix_groups` does, and m3 and muon tell
+            them by the names of named parameters). What is no matrix
             moves by AdamW in m3 and muon, by plain gradient descent in delta_gradient_descent.
         weight_decay: decoupled, applied when the level moves.
         slower: name of the level that this one is nested in, see `nestling.optim.nested`; None: it is in none.
@@ -95,6 +97,21 @@ class Levels(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a level, or parameters to a level of the same name. Raises ValueError as the constructor does."""
+        for group in self._by_kind(param_group):
+            self._add(group)
+
+    def _by_kind(self, group: dict[str, Any]) -> list[dict[str, Any]]:
+        """Named parameters, (name, tensor), come apart into matrices and the rest where the rule minds."""
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        rule = COMPONENTS.get(group.get("optimizer", self.defaults["optimizer"]))
+        named = params and all(isinstance(each, tuple) for each in params)
+        if not named or "matrix" in group or rule is None or not rule.matrices_only:
+            return [{**group, "params": params}]
+        sides = {side: [pair for pair in params if is_matrix(*pair) == side] for side in (True, False)}
+        return [{**group, "params": pairs, "matrix": side} for side, pairs in sides.items() if pairs]
+
+    def _add(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         self._groups = [*self.param_groups]  # all of them, also while ZeRO steps group by group
         group = self.param_groups[-1]

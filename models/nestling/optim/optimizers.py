@@ -1,7 +1,8 @@
 """The optimizers of Nested Learning by themselves: each is `Levels` of one rule, which has the update itself.
 
-Parameter groups can give any setting a value of their own, `period` included. Embeddings and heads belong into a group
-with `matrix=False`; `matrix_groups(model)` makes the groups.
+Parameter groups can give any setting a value of their own, `period` included. M3 and Muon are for matrices: give them
+`model.named_parameters()` or `matrix_groups(model)`, which tell embeddings and heads from matrices. Bare tensors have
+no names: of them, all but vectors are taken for matrices.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ class M3(Levels):
     rates are much smaller than AdamW's, and the groups that move by AdamW want one of their own.
 
     Args:
-        params: parameters or groups.
+        params: `model.named_parameters()` or `matrix_groups(model)`; bare tensors have no names to tell embeddings by.
         lr: learning rate.
         betas: beta1 (fast momentum), beta2 (second moment) and beta3 (slow momentum).
         slow_weight: alpha, the weight of the slow direction.
@@ -75,7 +76,7 @@ class Muon(Levels):
     vectors and groups with `matrix=False` move.
 
     Args:
-        params: parameters or groups.
+        params: as for `M3`.
         lr: learning rate.
         momentum: averaging factor of the gradient.
         nesterov: orthogonalise the momentum as it would be after one more such gradient.

@@ -72,7 +72,7 @@ def stable_rule(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """A slope that never changes under a context that always does: y = 2 x + 5 sin(t / 4) + 0.2 noise.
 
     The times t go evenly from 0 to 60. A learner predicts w x + b: w has to keep 2, b has to follow the wave. A learner
-    that predicts zero is off by E |y|, about 3.7; one that knows rule and wave by 0.2 E |noise|, about 0.16.
+    that predicts zero is off by E |y|, about 3.5; one that knows rule and wave by 0.2 E |noise|, about 0.16.
 
     Args:
         x, noise: (300,) standard normal numbers, float64.

@@ -26,8 +26,7 @@ def levels_figure(parts: Sequence[tuple[Component, int]], path: Path, title: str
     figure = Figure(figsize=(12, 1.6 + 0.27 * len(parts)), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    slowest = min(part.updates_per_token for part, _ in parts)
-    left = slowest / 4
+    left = min(part.updates_per_token for part, _ in parts if part.updates_per_token) / 4
     levels = [level for _, level in parts]
     for level in sorted(set(levels)):
         places = [place for place, other in enumerate(levels) if other == level]
@@ -36,7 +35,7 @@ def levels_figure(parts: Sequence[tuple[Component, int]], path: Path, title: str
     for context, colour in _COLOURS.items():
         chosen = [(place, part) for place, (part, _) in enumerate(parts) if part.context == context]
         if chosen:
-            heights, rates = [place for place, _ in chosen], [part.updates_per_token for _, part in chosen]
+            heights, rates = [place for place, _ in chosen], [max(part.updates_per_token, left) for _, part in chosen]
             axes.hlines(heights, left, rates, color=colour, linewidth=1.6, alpha=0.45)
             axes.plot(rates, heights, "o", color=colour, markersize=7, label=_SAID[context])
     axes.set_xscale("log")

@@ -6,6 +6,7 @@ once: what then lies in the optimizer's state is what a run keeps.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,14 @@ from nestling.training.groups import parameter_groups
 class Row:
     """A component, its level (1 is the fastest) and how often it is updated in an optimizer step.
 
-    What compresses one sequence's tokens is updated in each sequence of a step; the count is of one of them.
+    `per` says whose tokens it counts: those of a "sequence" for what lives in one (every sequence of a step has its
+    own), those of the whole "batch" for what is trained.
     """
 
     level: int
     component: Component
     updates_per_step: float
+    per: str
 
 
 def nested_view(config: JobConfig) -> list[Row]:
@@ -49,11 +52,11 @@ def nested_view(config: JobConfig) -> list[Row]:
         model = build(config.model)
         watch_inputs(model)
         optimizer = Levels(parameter_groups(model, config), lr=config.training.learning_rate)
-        parts = [(part, length) for part in model.components(length)]
-        parts += [(part, tokens) for part in _trained(model, optimizer, tokens)]
-    parts.sort(key=lambda pair: (*_speed(pair[0]), -pair[0].parameters))
-    speeds = sorted({_speed(part) for part, _ in parts})
-    return [Row(speeds.index(_speed(part)) + 1, part, part.updates_per_token * unit) for part, unit in parts]
+        parts = [(part, length, "sequence") for part in model.components(length)]
+        parts += [(part, tokens, "batch") for part in _trained(model, optimizer, tokens)]
+    parts.sort(key=lambda entry: (*_speed(entry[0]), -entry[0].parameters))
+    speeds = sorted({_speed(part) for part, _, _ in parts})
+    return [Row(speeds.index(_speed(part)) + 1, part, part.updates_per_token * unit, per) for part, unit, per in parts]
 
 
 def _speed(part: Component) -> tuple[float, bool]:
@@ -74,14 +77,15 @@ def _trained(model: LanguageModel, optimizer: Levels, tokens: int) -> Iterator[C
     """Weights by level, role and rule, and what each level's rules keep of the gradients."""
     weights: dict[tuple[str, str, str], _Trained] = {}
     memories: dict[tuple[str, str, str], tuple[dict[str, Any], list[Tensor]]] = {}
+    starts: dict[tuple[str, str, str], float] = defaultdict(float)
     roles = {parameter: model.role(name) for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            rule, products = _move(optimizer, group, parameter, tokens)
+            rule, products, of_start = _move(optimizer, group, parameter, tokens)
             level, role = group["name"], roles[parameter]
             part = weights.setdefault((level, role, rule), _Trained(group))
             part.count += parameter.numel()
-            part.reading += _reading(parameter, role)
+            part.reading += _reading(parameter, role, model.config.tie_head)
             part.moving += products + described(rule).operations * parameter.numel()
             slower = enclosing(group, optimizer.param_groups)
             for name, value in optimizer.state[parameter].items():
@@ -90,6 +94,8 @@ def _trained(model: LanguageModel, optimizer: Levels, tokens: int) -> Iterator[C
                     if slower is not None and name.startswith("start") and name != "start_gradient":
                         owner, by = slower, rule_name(slower, parameter, optimizer.whole)
                     memories.setdefault((level, by, name), (owner, []))[1].append(value)
+                    if name == "start":
+                        starts[level, by, name] += of_start + described(by).operations * value.numel()
             optimizer.state.clear()
     for (level, role, rule), part in weights.items():
         every = tokens_per_move(part.group, tokens)
@@ -111,6 +117,7 @@ def _trained(model: LanguageModel, optimizer: Levels, tokens: int) -> Iterator[C
             rule=memory.rule,
             updates_per_token=1 / every,
             state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+            flops_per_token=starts.get((level, rule, name), 0.0) / every,
         )
 
 
@@ -136,8 +143,11 @@ def _remembered(name: str, rule: str, owner: dict[str, Any], tokens: int) -> tup
 
 
 @torch.no_grad()
-def _move(optimizer: Levels, group: dict[str, Any], parameter: Tensor, tokens: int) -> tuple[str, float]:
-    """The rule that moves a parameter, and the operations of its matrix products a move; its state is made by it."""
+def _move(optimizer: Levels, group: dict[str, Any], parameter: Tensor, tokens: int) -> tuple[str, float, float]:
+    """The rule that moves a parameter, and the operations of its matrix products a move, and of a nested level's start.
+
+    The parameter's state is made by this.
+    """
     state = optimizer.state[parameter]
     parameter.grad = torch.empty_like(parameter)
 
@@ -149,17 +159,16 @@ def _move(optimizer: Levels, group: dict[str, Any], parameter: Tensor, tokens: i
         return int(counter.get_total_flops())
 
     slower = enclosing(group, optimizer.param_groups)
-    if slower is not None:
-        products(0, slower)
+    both = products(0, slower) if slower is not None else 0
     often, rule = products(0, group), rule_name(group, parameter, optimizer.whole)
     rare = [group[memory.every] for memory in described(rule).keeps.values() if memory.every]
     seldom = (products(rare[0], group) - often) / rare[0] if rare else 0.0
     parameter.grad = None
-    return rule, often + seldom
+    return rule, often + seldom, max(both - often, 0)
 
 
-def _reading(parameter: Tensor, role: str) -> float:
+def _reading(parameter: Tensor, role: str, tied: bool) -> float:
     """Operations a token of reading a weight: a table is looked up, and a memory's first state is read in context."""
-    if role == "embedding" or role.startswith("initial "):
+    if role.startswith("initial ") or (role == "embedding" and not tied):
         return 0.0
     return (2.0 if parameter.dim() >= 2 else 1.0) * parameter.numel()
