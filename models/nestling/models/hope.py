@@ -3,8 +3,8 @@
 `x += Out(gate * Norm(SelfModifyingTitans(Conv(Norm(x)))))`, then the Continuum Memory System's levels. No
 positional encoding. Each head owns five small memories whose initial weights are trained through their own updates.
 Parameters of a block of width d with H heads of width D and memories of width N, besides norms and levels:
-4 d^2 + conv_width d + H N (8 D + 2); a memory for queries adds 2 H N D. Every row of the ablation (Table 6) is a setting
-of `HopeConfig`.
+4 d^2 + conv_width d + H N (8 D + 2); a memory for queries adds 2 H N D. Every row of the ablation (Table 6) is a
+setting of `HopeConfig`.
 """
 
 from __future__ import annotations
