@@ -25,23 +25,46 @@ PAPER: dict[str, dict[str, tuple[float, float]]] = {
     "delta_net": _SOLVED | {"parity": (98.2, 10.1), "(aa)*": (0.0, 0.0), "(abab)*": (0.0, 0.0)},
     "lstm": _SOLVED,
 }
-#: State tracking needs eigenvalues below zero: direct steps of up to 2, and almost no forgetting.
+#: One layer without a convolution; memories start large beside what the projections' memories make of a token, so that
+#: at first keys are equal to values and a write does nothing but erase.
 HOPE: Model = {
     "name": "hope",
     "width": 32,
     "layers": 1,
     "heads": 2,
     "level_widths": [64],
+    "conv_width": 0,
+    "projection_gain": 0.01,
     "step_size": "direct",
     "eta_max": 2.0,
     "alpha_bias": 14.0,
-    "chunk_size": 16,
-    "redraw_chunk_sizes": [3, 4, 6, 8, 11, 16, 23],
 }
-#: What HOPE does otherwise for a language: in its model, and in the recipe.
-CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
-#: The paper's data: 10,000 strings, gone through until all validation strings are right.
-RECIPE: dict[str, Any] = {"steps": 1500, "batch": 32, "examples": 10_000, "learning_rate": 5e-3, "enough": 1.0}
+#: Periodic languages: steps of almost 2 turn the sign of what stands at a token's key (the eigenvalue -1 of parity);
+#: such reflections neither grow nor fade. The main memory, eta and alpha modify themselves every 16 tokens; keys and
+#: values do not, because a drifting key leaves the cycle beyond the trained length.
+REFLECTIONS: Model = {"chunk_size": 16, "static": ["query", "key", "value"], "eta_bias": 6.0, "memory_gain": 3.0}
+#: Counters: writes of small steps add up where nothing erases. One chunk holds the whole string, so that every token
+#: counts the same: the memory learns, token by token, but from no state of its own.
+COUNTS: Model = {"chunk_size": 512, "erase": "none", "eta_bias": -5.0}
+#: What decays pulls keys and values together again: with 0.3 one seed in three lost a few strings in a hundred.
+DECAY: dict[str, Any] = {"settings": {"betas": (0.9, 0.98), "weight_decay": 1.0}}
+#: What HOPE does for a language: in its model, and in the recipe.
+CHANGES: dict[str, tuple[Model, dict[str, Any]]] = {
+    "parity": (REFLECTIONS, {"steps": 500, "batch": 32, **DECAY}),
+    "(aa)*": (REFLECTIONS, {"steps": 300, **DECAY}),
+    "(abab)*": (REFLECTIONS, {"steps": 400, **DECAY}),
+    "a^n b^n": (COUNTS, {"steps": 400}),
+    "a^n b^n c^n": (COUNTS, {"steps": 500}),
+    "Shuffle-2": ({**COUNTS, "eta_bias": -3.0}, {"steps": 600}),
+}
+#: The paper's data: 10,000 strings.
+RECIPE: dict[str, Any] = {
+    "steps": 600,
+    "batch": 16,
+    "examples": 10_000,
+    "learning_rate": 5e-3,
+    "settings": {"betas": (0.9, 0.98), "weight_decay": 0.1},
+}
 RATES = {"transformer": 2e-3, "lstm": 1e-2}
 EPOCHS = 300
 
@@ -65,12 +88,17 @@ def experiment(full: bool) -> Experiment:
         notes=(
             "Strings of which every position is right, in percent: bin0 is as long as in training, bin1 up to twice as "
             "long. Baselines have as many parameters as HOPE.",
+            "HOPE has a recipe for each language. On the first three the main memory, eta and alpha modify themselves "
+            "every 16 tokens and the key and value memories are static; with all of them modifying themselves single "
+            "runs of parity reached 100 / 76 to 99.8, and (abab)* 100 / 0 to 62: the keys drift. On the last three a "
+            "chunk holds the whole string, so nothing learns from a state of its own within it; with chunks of 16 and "
+            "the objective of Eq. 92 a run of a^n b^n reached 100 / 82.",
         ),
     )
 
 
 def _recipe(name: str, language: str, vocab_size: int) -> tuple[Model, dict[str, Any]]:
-    changes, recipe = CHANGES.get(language, ({}, {}))
+    changes, recipe = CHANGES[language]
     hope: Model = {**HOPE, **changes}
     if name == "hope":
         return hope, RECIPE | recipe
