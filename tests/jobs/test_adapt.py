@@ -154,6 +154,15 @@ def test_wrong_usage_leaves_nothing_behind(base: Path, arguments: list[str], mes
     assert not (tmp_path / "runs").exists()
 
 
+def test_places_that_cannot_be_written(runs: Path, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert f"run.dir: got {tmp_path}/file/x, needs a folder" in refused("adapt", base, f"run.dir={tmp_path}/file/x")
+    run = adapted(runs, base)
+    assert f"--out: got {tmp_path}/file/x, needs a folder" in refused(
+        "export", run.run_id, "--out", tmp_path / "file/x"
+    )
+
+
 def test_a_folder_that_cannot_be_adapted(base: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(base, tmp_path / "copy")
     place = f"run.dir={tmp_path}/runs"

@@ -1,16 +1,13 @@
 """The nested view beside a run of the same job: every frequency counted, every parameter and byte of state found."""
 
-import json
 from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from typer.testing import CliRunner
 
 from nestling.config.build import build as job
-from nestling.jobs.app import app
 from nestling.models import MODEL_CONFIGS, build
 from nestling.optim import COMPONENTS, Levels, watch_inputs
 from nestling.optim.components import rule_name
@@ -176,21 +173,3 @@ def test_the_operations_of_weights_are_those_counted(name, tie):
         p.numel() * (2 if p.dim() >= 2 else 1) for n, p in model.named_parameters() if p.dim() < 2 or "conv" in n
     )
     assert sum(part.flops_per_token for part in weights) == pytest.approx(tables + small + moving)
-
-
-def test_the_verb_shows_a_job(tmp_path, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    command = ["levels", "jobs/quickstart.yaml", f"run.dir={tmp_path}", "model.width=32"]
-    done = CliRunner().invoke(app, [*command, "--json"])
-    record = json.loads(done.stdout.splitlines()[-1])
-    keys = "name level context objective rule updates_per_token parameters state_bytes flops_per_token".split()
-    assert done.exit_code == 0 and all(set(keys) <= set(part) for part in record["components"])
-    assert record["figure"] == str(tmp_path / "levels-quickstart.png")
-    assert (tmp_path / "levels-quickstart.png").read_bytes().startswith(b"\x89PNG")
-    plain = CliRunner().invoke(app, command)
-    assert "level2: feed-forward" in plain.stdout and "0.25" in plain.stdout
-
-
-def test_the_verb_refuses_what_is_neither_job_nor_run(tmp_path):
-    done = CliRunner().invoke(app, ["levels", "nothing", f"run.dir={tmp_path}", "--json"])
-    assert done.exit_code == 2 and "neither a job file nor a run" in json.loads(done.stdout.splitlines()[-1])["error"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nestling.config import ConfigError
-from nestling.jobs.arguments import AsJson, Overrides, place_of
+from nestling.jobs.arguments import AsJson, Overrides, need_writable, place_of
 from nestling.jobs.output import WRONG_USAGE, Stop, in_columns, say, verb
 
 
@@ -56,6 +56,7 @@ def adapt(
         raise Stop(str(error), WRONG_USAGE) from error
     if config.data.tokenizer == "bytes":
         say(f"{path} has no tokenizer.json, so a token is a byte; name another with data.tokenizer=FILE")
+    need_writable(Path(config.run.dir), "run.dir", "choose another folder with run.dir=DIR")
     folder = make_run(pretrained, config, tokenizer)
     result = {
         "run_id": folder.run_id,

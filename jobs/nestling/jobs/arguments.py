@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
@@ -28,6 +30,28 @@ AsJson = Annotated[bool, typer.Option("--json", help="End standard output with o
 def runs_dir(overrides: list[str] | None) -> Path:
     """Where runs are kept; ConfigError for any key but run.dir."""
     return Path(pick(overrides or (), "run.dir").get("run.dir", RunConfig().dir)).expanduser()
+
+
+def need_writable(folder: Path, given: str, fix: str) -> None:
+    """Stops unless files can be written to `folder`, or to where it would be made; nothing is made here.
+
+    Args:
+        folder: the folder to come, or one that is there.
+        given: what the person wrote it in, such as "run.dir".
+        fix: what to do if it cannot be.
+    """
+    folder = folder.expanduser().absolute()
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise Stop(f"{given}: got {folder}, needs a folder, and {there} is none; {fix}", WRONG_USAGE)
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        reason = f"{there} is not one ({error.strerror})"
+        raise Stop(
+            f"{given}: got {folder}, needs a place that can be written, and {reason}; {fix}", WRONG_USAGE
+        ) from error
 
 
 def place_of(folder: RunFolder) -> str:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.jobs.arguments import AsJson, Run, RunDir, trained_run
+from nestling.jobs.arguments import AsJson, Run, RunDir, need_writable, trained_run
 from nestling.jobs.output import WRONG_USAGE, Stop, verb
 from nestling.tracking.runs import RunFolder
 
@@ -75,6 +75,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     them, one that is there gets the first last."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Stop(f"--out: {out} exists and is not an empty folder; give a new one", WRONG_USAGE)
+    need_writable(out, "--out", "give another folder")
     out = out.resolve()
     exists = out.is_dir()
     draft = (out if exists else out.parent) / f".{out.name}.{secrets.token_hex(4)}"

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from nestling.config import JobConfig, from_yaml, load
+from nestling.config import JobConfig, from_yaml, load, pick
 from nestling.config.load import is_job
-from nestling.jobs.arguments import AsJson, Overrides, found_run
+from nestling.jobs.arguments import AsJson, Overrides, found_run, need_writable
 from nestling.jobs.output import WRONG_USAGE, Stop, print_table, say, verb
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ def levels(
     subject: JobOrRun,
     overrides: Overrides = None,
     figure: Annotated[
-        Path | None, typer.Option(help="Picture to write (.png, .svg); by default beside the runs.")
+        Path | None, typer.Option(help="Picture to write (.png, .svg); by default in the run, or beside the runs.")
     ] = None,
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Show every component of a model and its training: what it compresses, how, and how often."""
     config, picture = _subject(subject, overrides or [])
-    picture = figure or picture
+    picture = _writable(picture, figure)
     from nestling.tracking.levels_figure import levels_figure
     from nestling.training.nested import nested_view
 
@@ -54,8 +54,19 @@ def _subject(subject: str, overrides: list[str]) -> tuple[JobConfig, Path]:
         folder = found_run(subject, places)
     except Stop as unknown:
         raise Stop(f"{subject}: neither a job file nor a run; {unknown}", WRONG_USAGE) from unknown
-    changes = [override for override in overrides if override not in places]
-    return from_yaml(folder.config.read_text(encoding="utf-8"), changes), folder.path / "levels.png"
+    pick(overrides, "run.dir")  # with other keys it would be another model than the run's
+    return from_yaml(folder.config.read_text(encoding="utf-8")), folder.path / "levels.png"
+
+
+def _writable(picture: Path, figure: Path | None) -> Path:
+    """The picture to write: `figure` if a person gave one."""
+    if figure is None:
+        need_writable(picture.parent, "run.dir", "choose another place with --figure FILE")
+        return picture
+    if figure.suffix.lower() not in (".png", ".svg") or figure.is_dir():
+        raise Stop(f"--figure: got {figure}, needs a file that ends in .png or .svg", WRONG_USAGE)
+    need_writable(figure.parent, "--figure", "choose another place")
+    return figure
 
 
 def _with_vocabulary(config: JobConfig) -> JobConfig:
