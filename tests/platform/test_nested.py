@@ -51,6 +51,11 @@ def trained(settings):
     return model, optimizer, changes
 
 
+def shown(group):
+    """What the view calls a level of the optimizer."""
+    return "rest" if group["name"] == "base" else f"CMS {group['name']}"
+
+
 def by(optimizer, group, parameter, kind=""):
     """What names say of a rule that is not its level's own; a nested level's start moves by the slower level's."""
     if kind.startswith("start") and kind != "start_gradient":
@@ -89,13 +94,13 @@ def test_frequencies_parameters_and_state_are_those_of_a_run(name, optimizer, ch
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             full = next(n for n, p in model.named_parameters() if p is parameter)
-            part = rows[f"{group['name']}: {model.role(full)}{by(optimizer, group, parameter)}"]
+            part = rows[f"{shown(group)}: {model.role(full)}{by(optimizer, group, parameter)}"]
             # The first step is what the second is compared with.
             assert changes[full, ""] in {int(part.updates_per_step * STEPS) - d for d in (0, 1)}, (full, part)
             found[part.component.name] += parameter.numel()
             for kind, tensor in optimizer.state[parameter].items():
                 if torch.is_tensor(tensor):
-                    kept = rows[f"{group['name']}: {kind}{by(optimizer, group, parameter, kind)}"]
+                    kept = rows[f"{shown(group)}: {kind}{by(optimizer, group, parameter, kind)}"]
                     counted, expected = changes[full, kind], kept.updates_per_step * STEPS
                     # What takes in a block when the next begins has one change less.
                     assert expected - 1 - 1e-9 <= counted <= expected + 1e-9, (full, kind, counted, expected)
@@ -114,9 +119,15 @@ def test_levels_are_ordered_and_what_moves_weights_comes_before_them():
     rates = [row.component.updates_per_token for row in rows]
     assert rates == sorted(rates, reverse=True) and [row.level for row in rows] == sorted(row.level for row in rows)
     level = {row.component.name: row.level for row in rows}
-    assert level["main memory"] == 1 < level["key memory"] < level["base: exp_avg"] < level["base: projections"]
-    assert level["base: projections"] == level["level1: feed-forward"] < level["level2: feed-forward"]
-    assert level["level2: accumulator"] == level["base: exp_avg"] < level["level2: exp_avg"]
+    assert level["main memory"] == 1 < level["key memory"] < level["rest: exp_avg"] < level["rest: projections"]
+    assert level["rest: projections"] == level["CMS level1: feed-forward"] < level["CMS level2: feed-forward"]
+    assert level["CMS level2: accumulator"] == level["rest: exp_avg"] < level["CMS level2: exp_avg"]
+
+
+def test_levels_of_the_optimizer_are_not_mistaken_for_nested_ones():
+    rows = nested_view(config(model={"name": "transformer"}, levels=[{"parameters": ["head*"], "period": 2}]))
+    names = {row.component.name.partition(":")[0] for row in rows if row.per == "batch"}
+    assert names == {"rest", "group level1"}
 
 
 @pytest.mark.parametrize(

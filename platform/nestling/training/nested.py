@@ -53,10 +53,16 @@ def nested_view(config: JobConfig) -> list[Row]:
         watch_inputs(model)
         optimizer = Levels(parameter_groups(model, config), lr=config.training.learning_rate)
         parts = [(part, length, "sequence") for part in model.components(length)]
-        parts += [(part, tokens, "batch") for part in _trained(model, optimizer, tokens)]
+        parts += [(part, tokens, "batch") for part in _trained(model, optimizer, tokens, _shown(config))]
     parts.sort(key=lambda entry: (*_speed(entry[0]), -entry[0].parameters))
     speeds = sorted({_speed(part) for part, _, _ in parts})
     return [Row(speeds.index(_speed(part)) + 1, part, part.updates_per_token * unit, per) for part, unit, per in parts]
+
+
+def _shown(config: JobConfig) -> dict[str, str]:
+    """What the levels of a job are called here, where "level" is a place in the order of frequencies."""
+    kinds = {level.name: "group" if level.parameters else "CMS" for level in config.levels}
+    return {"base": "rest"} | {str(name): f"{kind} {name}" for name, kind in kinds.items()}
 
 
 def _speed(part: Component) -> tuple[float, bool]:
@@ -73,8 +79,8 @@ class _Trained:
     moving: float = 0.0
 
 
-def _trained(model: LanguageModel, optimizer: Levels, tokens: int) -> Iterator[Component]:
-    """Weights by level, role and rule, and what each level's rules keep of the gradients."""
+def _trained(model: LanguageModel, optimizer: Levels, tokens: int, shown: dict[str, str]) -> Iterator[Component]:
+    """Weights by level, role and rule, and what each level's rules keep of gradients; levels are named as `shown`."""
     weights: dict[tuple[str, str, str], _Trained] = {}
     memories: dict[tuple[str, str, str], tuple[dict[str, Any], list[Tensor]]] = {}
     starts: dict[tuple[str, str, str], float] = defaultdict(float)
@@ -100,7 +106,7 @@ def _trained(model: LanguageModel, optimizer: Levels, tokens: int) -> Iterator[C
     for (level, role, rule), part in weights.items():
         every = tokens_per_move(part.group, tokens)
         yield Component(
-            name=f"{level}: {role}" + _by(rule, part.group),
+            name=f"{shown[level]}: {role}" + _by(rule, part.group),
             context=TOKENS,
             objective=f"next-token loss of {every:,} tokens (Eq. 71)",
             rule=described(rule).rule,
@@ -111,7 +117,7 @@ def _trained(model: LanguageModel, optimizer: Levels, tokens: int) -> Iterator[C
     for (level, rule, name), (owner, tensors) in memories.items():
         memory, context, every = _remembered(name, rule, owner, tokens)
         yield Component(
-            name=f"{level}: {name}" + _by(rule, owner),
+            name=f"{shown[level]}: {name}" + _by(rule, owner),
             context=context,
             objective=memory.objective,
             rule=memory.rule,
