@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from typer.testing import CliRunner
 
@@ -51,6 +52,24 @@ def test_a_run_as_it_is(run: RunFolder) -> None:
     (run.path / "levels.png").unlink()
     assert "model.width: unknown key" in levels("small", "model.width=32", place)["error"]
     assert not (run.path / "levels.png").exists()
+
+
+@pytest.mark.parametrize("width", [100, 160])
+def test_everything_is_there_in_a_terminal(width: int, run: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = levels("small", f"run.dir={run.path.parent}")["components"]
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    shown = CliRunner().invoke(app, ["levels", "small", f"run.dir={run.path.parent}"]).stdout
+    assert "\x1b[" in shown
+    lines = click.unstyle(shown).splitlines()
+    assert max(map(len, lines)) <= width and "…" not in "".join(lines)
+    assert lines[0].split() == ["nested", "updates", "updates", "parameters", "FLOPs"]
+    assert lines[1].split() == ["level", "component", "compresses", "/token", "/step", "or", "state", "/token"]
+    for part, line in zip(parts, lines[2:], strict=False):
+        assert part["name"] in line and f"{part['updates_per_token']:.3g}" in line and f" {part['context']} [" in line
+        assert all(f" {part[key]:,.0f}" in line for key in ("parameters", "flops_per_token") if part[key])
+    legend = " ".join(" ".join(lines[2 + len(parts) :]).split())
+    assert all(f"{part['context']}: {part['objective']}; {part['rule']}" in legend for part in parts)
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,12 @@ def levels(
     picture.parent.mkdir(parents=True, exist_ok=True)
     levels_figure([(row.component, row.level) for row in rows], picture, f"{config.run.name}: {config.model.name}")
     if not as_json:
-        print_table(_table(rows))
+        ways = {way: f"[{number}]" for number, way in enumerate(dict.fromkeys(map(_way, rows)), 1)}
+        print_table(_table(rows, ways))
+        print()
+        print_table(_legend(ways))
         print("Updates are per token of its sequence for what lives in one, of the batch for what is trained.")
+        print("CMS and group: levels of the job, by its names for them; rest: what is in none of these.")
         say(f"figure: {picture}")
     return {"components": [_record(row) for row in rows], "figure": picture}
 
@@ -98,30 +102,39 @@ def _record(row: Row) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[Row]) -> Table:
+def _way(row: Row) -> tuple[str, str, str]:
+    """What a component compresses, by which objective and rule: many components share them."""
+    return row.component.context, row.component.objective, row.component.rule
+
+
+def _table(rows: list[Row], ways: dict[tuple[str, str, str], str]) -> Table:
+    """Numbers in a table that a terminal of 100 columns holds; in a narrower one the components' names are folded."""
     table = Table(box=None, pad_edge=False)
-    for heading in ("level", "component", "compresses"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("updates/token", "updates/step", "parameters", "state", "FLOPs/token"):
+    for heading in ("nested\nlevel", "component", "compresses"):
+        table.add_column(heading, no_wrap=heading != "component")
+    for heading in ("updates\n/token", "updates\n/step", "parameters\nor state", "FLOPs\n/token"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for heading in ("objective", "rule"):
-        table.add_column(heading)
     before = None
     for row in rows:
         part = row.component
+        kept = [f"{part.parameters:,}"] * bool(part.parameters) + [_bytes(part.state_bytes)] * bool(part.state_bytes)
         table.add_row(
             str(row.level) if row.level != before else "",
             part.name,
-            part.context,
+            f"{part.context} {ways[_way(row)]}",
             f"{part.updates_per_token:.3g}",
             f"{row.updates_per_step:.4g}",
-            f"{part.parameters:,}" if part.parameters else "",
-            _bytes(part.state_bytes) if part.state_bytes else "",
+            " + ".join(kept),
             f"{part.flops_per_token:,.0f}" if part.flops_per_token else "",
-            part.objective,
-            part.rule,
         )
         before = row.level
+    return table
+
+
+def _legend(ways: dict[tuple[str, str, str], str]) -> Table:
+    table = Table.grid(padding=(0, 1))
+    for (context, objective, rule), mark in ways.items():
+        table.add_row(mark, f"{context}: {objective}; {rule}", style="dim")
     return table
 
 
