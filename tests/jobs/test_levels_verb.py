@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 import pytest
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from nestling.config import from_yaml, to_yaml
@@ -42,7 +43,8 @@ def test_a_job(tmp_path: Path) -> None:
     keys = "name level context objective rule updates_per_token parameters state_bytes flops_per_token".split()
     assert all(set(keys) <= set(part) for part in record["components"])
     assert record["figure"] == str(tmp_path / "levels-quickstart.png")
-    assert (tmp_path / "levels-quickstart.png").read_bytes().startswith(b"\x89PNG")
+    picture = imread(tmp_path / "levels-quickstart.png")
+    assert picture[:, :15].min() == 1 and picture[:, 15:].min() < 0.5  # labels keep away from the border
 
 
 def test_a_run_as_it_is(run: RunFolder) -> None:

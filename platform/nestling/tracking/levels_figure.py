@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from nestling.models.component import GRADIENTS, TOKENS, Component
 
 _INK = "#1f2430"
 _COLOURS = {TOKENS: "#2f6fde", GRADIENTS: "#e4572e"}
+#: Points from the axis to the middle of the levels' column, and to the right of the names'; size of both.
+_LEVEL, _NAME, _SIZE = -24, -52, 10.5
 _SAID = {TOKENS: "compresses tokens", GRADIENTS: "compresses gradients"}
 
 
@@ -23,8 +26,9 @@ def levels_figure(parts: Sequence[tuple[Component, int]], path: Path, title: str
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 1.6 + 0.27 * len(parts)), dpi=100, layout="constrained", facecolor="white")
+    figure = Figure(figsize=(12, 2.3 + 0.27 * len(parts)), dpi=100, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
+    figure.get_layout_engine().set(w_pad=0.2, h_pad=0.15)
     axes = figure.add_subplot()
     left = min(part.updates_per_token for part, _ in parts if part.updates_per_token) / 4
     levels = [level for _, level in parts]
@@ -41,13 +45,19 @@ def levels_figure(parts: Sequence[tuple[Component, int]], path: Path, title: str
     axes.set_xscale("log")
     axes.set_xlim(left, 4)
     axes.set_ylim(len(parts) - 0.4, -0.6)
-    axes.set_yticks(range(len(parts)), [f"{part.name}   {level}" for part, level in parts])
-    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=_INK, pad=14)
-    axes.set_xlabel("updates per token (logarithmic)", fontsize=12, color=_INK)
-    axes.text(-0.002, 1.01, "component   level", transform=axes.transAxes, ha="right", fontsize=10, color="#7a8190")
+    axes.set_yticks(range(len(parts)), [part.name for part, _ in parts])
+    write = partial(axes.annotate, textcoords="offset points", fontsize=_SIZE, color=_INK, annotation_clip=False)
+    for place, level in enumerate(levels):
+        write(str(level), (0, place), (_LEVEL, 0), axes.get_yaxis_transform(), ha="center", va="center_baseline")
+    heading = {"va": "bottom", "color": "#7a8190"}
+    write("nested\nlevel", (0, 1), (_LEVEL, 6), "axes fraction", ha="center", **heading)
+    write("component", (0, 1), (_NAME, 6), "axes fraction", ha="right", **heading)
+    axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=_INK, pad=46)
+    axes.set_xlabel("updates per token (of its sequence, or of the batch), logarithmic", fontsize=12, color=_INK)
     axes.grid(axis="x", color="#e6e8ee", linewidth=1)
     axes.set_axisbelow(True)
-    axes.tick_params(colors=_INK, labelsize=10.5, length=0)
+    axes.tick_params(colors=_INK, labelsize=_SIZE, length=0)
+    axes.tick_params(axis="y", pad=-_NAME)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#c9cdd6")
