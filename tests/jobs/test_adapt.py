@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from typer.testing import CliRunner, Result
 
 from nestling.checkpoint import load_final
 from nestling.checkpoint.layouts import config_json
+from nestling.checkpoint.level_file import read_level, write_level
 from nestling.checkpoint.pretrained import write_pretrained
 from nestling.config import ConfigError, from_yaml
 from nestling.data import Tokenizer
@@ -222,8 +224,12 @@ def test_training_moves_each_level_at_its_period(
     for name in before:
         assert torch.equal(mixed[name], (after if name in [*mlp(2, before), *mlp(3, before)] else before)[name]), name
 
-    # It comes back without its optimizer state, and training goes on with another number of workers.
-    assert result("memory", "load", run.run_id, tmp_path / "level")["rest"] == "same"
+    # It comes back, as if after more steps, without its optimizer state; training goes on with other workers.
+    (tmp_path / "older").mkdir()
+    level = read_level(tmp_path / "level")
+    shapes = {name: tensor.shape for name, tensor in level.weights.items()}
+    write_level(tmp_path / "older", replace(level.origin, steps=100, tokens=7000), shapes, level.weights.values())
+    assert result("memory", "load", run.run_id, tmp_path / "older")["rest"] == "same"
     with pytest.raises(ConfigError, match="^data.sequence_length: is 32 .* and cannot become 64"):
         resumed_job(run, ["data.sequence_length=64", "training.steps=8"])
     alone = ["training.workers=1", "training.zero_stage=0", "training.steps=8"]
@@ -231,7 +237,15 @@ def test_training_moves_each_level_at_its_period(
     assert [run.records()[-1][f"levels/level{n}/updates"] for n in (1, 2, 3)] == [8, 4, 1]
     assert any(not torch.equal(after[name], weights(run)[name]) for name in mlp(4, before))
     assert result("evaluate", run.run_id)["tokens"] > 0
+    assert history(run, "level2", tmp_path / "again") == (105, 7000 + 5 * 128)
+    assert history(run, "level1", tmp_path / "first") == (8, 8 * 128)
     result("export", run.run_id, "--out", tmp_path / "out", "--format", "hf")
+
+
+def history(run: RunFolder, level: str, out: Path) -> tuple[int, int]:
+    """Steps and tokens that a level has behind it, as it says when it leaves."""
+    found = result("memory", "export", run.run_id, "--level", level, "--out", out)
+    return found["steps"], found["tokens"]
 
 
 def mlp(layer: int, names: dict[str, Any]) -> list[str]:
@@ -271,9 +285,21 @@ def test_a_level_enters_another_copy(runs: Path, base: Path, level: Path) -> Non
     assert {name for name in before if not torch.equal(before[name], after[name])} == {*mlp(3, before), *mlp(4, before)}
     checkpoint = from_checkpoint(run)
     assert all(torch.equal(checkpoint[name], after[name]) for name in after)
-    assert json.loads((Path(found["checkpoint"]) / "state.json").read_text())["lineage"] == [
-        {"level": "level2", "steps": 0, "tokens": 0}
-    ]
+
+
+def test_a_level_keeps_its_history(runs: Path, base: Path, level: Path, tmp_path: Path) -> None:
+    entering, seen = read_level(level), tmp_path / "seen"
+    seen.mkdir()
+    shapes = {name: tensor.shape for name, tensor in entering.weights.items()}
+    write_level(seen, replace(entering.origin, steps=40, tokens=5000), shapes, entering.weights.values())
+    run = adapted(runs, base, "--levels", "1,4", "levels.1.name=slow")
+    result("memory", "load", run.run_id, seen)
+    assert history(run, "slow", tmp_path / "slow") == (40, 5000)
+    assert history(run, "level1", tmp_path / "level1") == (0, 0)
+    run.update(status="interrupted")
+    assert history(run, "slow", tmp_path / "again") == (40, 5000)
+    result("memory", "load", run.run_id, level)
+    assert history(run, "slow", tmp_path / "last") == (0, 0)
 
 
 def from_checkpoint(run: RunFolder) -> dict[str, torch.Tensor]:

@@ -32,7 +32,7 @@ class Origin:
         base: `name` of the pretrained model below the run, and the `sha256` of its weights (`alone.WeightsHash`).
         level: the level's name.
         period, unit: how often it moved.
-        steps, tokens: what the run had done and read when the level left it.
+        steps, tokens: what the level had been through when it left the run, there and in runs before.
         rest_sha256: of all other weights of the run at that time.
     """
 

@@ -9,7 +9,7 @@ is found out as well, and told.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,23 @@ def export_level(run: RunFolder, level: str, out: Path) -> dict[str, Any]:
 
     Raises:
         ConfigError: the run has no such level, or was not adapted.
-        CheckpointError: it has no weights.
+        CheckpointError: it has no weights, or no good checkpoint, which says what its levels have seen.
     """
     config, base = _job(run), _base(run)
     name = _level_name(config, level)
     settings = next(each for each in config.levels if each.name == name)
     members, weights = level_members(config), open_weights(run, config)
-    step = trained_step(run) or 0
+    shapes = members[name]
+    steps, tokens = _seen(run, config, shapes)
     origin = Origin(
         base={key: base[key] for key in ("name", "sha256")},
         level=name,
         period=settings.period,
         unit=settings.unit,
-        steps=step,
-        tokens=step * config.training.batch_tokens,
+        steps=steps,
+        tokens=tokens,
         rest_sha256=_rest(members, name, weights.read),
     )
-    shapes = members[name]
     return write_level(out, origin, shapes, (weights.read(each) for each in shapes))
 
 
@@ -97,7 +97,7 @@ def load_level(run: RunFolder, folder: Path) -> dict[str, Any]:
             store,
             found.checkpoint.step,
             *_replaced(found, entering.weights),
-            _documents(found, entering, name),
+            _documents(found, entering),
         )
         run.event("level-loaded", f"level {name} came from {folder}", level=name, sha256=origin.base["sha256"])
         if finished:
@@ -172,8 +172,24 @@ def _replaced(
     return sizes, (changed[name] if name in changed else pieces.read(name) for name in kept)
 
 
-def _documents(found: OpenCheckpoint, entering: LevelFile, level: str) -> dict[str, str]:
-    state = json.loads(found.documents["state.json"])
-    origin = entering.origin
-    state["lineage"].append({"level": level, "steps": origin.steps, "tokens": origin.tokens})
+def _documents(found: OpenCheckpoint, entering: LevelFile) -> dict[str, str]:
+    """The checkpoint's documents, with what the level brings along in the lineage."""
+    state, origin = json.loads(found.documents["state.json"]), entering.origin
+    history = {"steps": origin.steps, "tokens": origin.tokens, "loaded_at": found.checkpoint.step}
+    state["lineage"].append({"level": origin.level, "parameters": sorted(entering.weights)} | history)
     return dict(found.documents) | {"state.json": json.dumps(state, indent=1)}
+
+
+def _seen(run: RunFolder, config: JobConfig, parameters: Iterable[str]) -> tuple[int, int]:
+    """Steps and tokens that a level has behind it: where it came from, and in this run since it was loaded.
+
+    Before the first step of a run its levels can be dealt out anew, so a level is known by its parameters.
+    """
+    found = newest_good(run_store(config, run))
+    steps = tokens = since = 0
+    for entry in json.loads(found.documents["state.json"])["lineage"]:
+        if entry.get("parameters") == sorted(parameters):
+            steps, tokens, since = entry["steps"], entry["tokens"], entry["loaded_at"]
+    step = int(run.info()["steps"]) if run.status() == "finished" else found.checkpoint.step
+    here = step - since
+    return steps + here, tokens + here * config.training.batch_tokens
