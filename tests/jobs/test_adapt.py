@@ -140,6 +140,7 @@ def test_out_again_with_what_it_came_with(runs: Path, base: Path, tmp_path: Path
     ("arguments", "message"),
     [
         (["--levels", "1,x"], "--levels: got '1,x', needs periods"),
+        (["--levels", "16,4,1"], "--levels: got '16,4,1', needs the fastest first: --levels 1,4,16"),
         (["--levels", "0"], "--levels: got '0', needs periods"),
         (["--levels", "1,1,1,1,1,1"], "--levels: got 6 periods, needs 1 to 5"),
         (["model.width=64"], "model: is what the pretrained model says"),

@@ -183,7 +183,7 @@ def test_damaged_folders(llama, tmp_path):
     with pytest.raises(LayoutError, match="model.norm.weight holds values that are not finite"):
         list(open_pretrained(folder).read())
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(LayoutError, match="cannot be read"):
+    with pytest.raises(LayoutError, match=f"^{folder}: model.safetensors is no whole safetensors file: "):
         open_pretrained(folder)
     weights.unlink()
     with pytest.raises(LayoutError, match="model.safetensors is missing; weights must be in safetensors"):
@@ -191,6 +191,25 @@ def test_damaged_folders(llama, tmp_path):
     (folder / "model.safetensors.index.json").write_text('{"weight_map": {"lm_head.weight": "../../secret"}}')
     with pytest.raises(LayoutError, match="no weight_map of files in this folder"):
         open_pretrained(folder)
+
+
+def test_the_broken_file_is_named(llama, tmp_path):
+    with pytest.raises(LayoutError, match=f"^{tmp_path}/none does not exist; give a folder"):
+        open_pretrained(tmp_path / "none")
+    folder = tmp_path / "many"
+    theirs().save_pretrained(folder, max_shard_size="20KB")
+    with pytest.raises(LayoutError, match=f"^{folder}/config.json is a file; give a folder"):
+        open_pretrained(folder / "config.json")
+    shard = sorted(folder.glob("*.safetensors"))[1]
+    for content in (shard.read_bytes()[:-1], b"", b"no safetensors"):
+        shard.write_bytes(content)
+        with pytest.raises(LayoutError, match=f"^{folder}: {shard.name} is no whole safetensors file: "):
+            open_pretrained(folder)
+    for name in ("model.safetensors.index.json", "config.json"):
+        for content in (b"{", b"\xff"):
+            (folder / name).write_bytes(content)
+            with pytest.raises(LayoutError, match=f"^{folder}: {name} is no JSON: "):
+                open_pretrained(folder)
 
 
 SIZES = {"vocab_size": 257, "width": 32, "layers": 2, "heads": 4}

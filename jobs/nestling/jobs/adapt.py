@@ -81,7 +81,11 @@ def _periods(text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) >= 1 for part in parts):
         raise ConfigError(f"--levels: got {text!r}, needs periods of at least 1 with commas between, such as 1,4,16")
-    return [int(part) for part in parts]
+    periods = [int(part) for part in parts]
+    if periods != sorted(periods):
+        fastest_first = ",".join(map(str, sorted(periods)))
+        raise ConfigError(f"--levels: got {text!r}, needs the fastest first: --levels {fastest_first}")
+    return periods
 
 
 def _report(result: dict[str, Any], place: str) -> dict[str, str]:

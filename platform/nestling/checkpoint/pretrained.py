@@ -101,6 +101,9 @@ def open_pretrained(folder: str | Path) -> Pretrained:
         LayoutError: it is no such folder, or holds what cannot be represented; the message names it.
     """
     folder = Path(folder).expanduser().resolve()
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise LayoutError(f"{folder} {problem}; give a folder in Hugging Face's layout: {CONFIG} and safetensors")
     try:
         config = model_config(_mapping(folder / CONFIG))
         files = _files(folder)
@@ -186,7 +189,10 @@ def copy_companions(source: Path, target: Path) -> list[str]:
 def _mapping(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise LayoutError(f"there is no {path.name}; give a folder in Hugging Face's layout")
-    content = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise LayoutError(f"{path.name} is no JSON: {error}; put back the whole file") from error
     if not isinstance(content, dict):
         raise LayoutError(f"{path.name} holds no mapping")
     return content
@@ -206,8 +212,11 @@ def _files(folder: Path) -> dict[str, Path]:
         raise LayoutError(f"{', '.join(missing)} is missing; weights must be in safetensors")
     files: dict[str, Path] = {}
     for path in shards:
-        with safe_open(path, framework="pt") as file:
-            files |= dict.fromkeys(file.keys(), path)
+        try:
+            with safe_open(path, framework="pt") as file:
+                files |= dict.fromkeys(file.keys(), path)
+        except (OSError, SafetensorError) as error:
+            raise LayoutError(f"{path.name} is no whole safetensors file: {error}; put back the whole file") from error
     return {name: path for name, path in files.items() if not name.endswith(_BUFFER)}
 
 
