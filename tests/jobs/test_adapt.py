@@ -288,6 +288,19 @@ def test_a_level_enters_another_copy(runs: Path, base: Path, level: Path) -> Non
     assert all(torch.equal(checkpoint[name], after[name]) for name in after)
 
 
+def test_what_loading_a_level_says(runs: Path, base: Path, level: Path, tmp_path: Path) -> None:
+    run = adapted(runs, base, "--levels", "1,64")
+    run.update(status="interrupted")
+    ended = nestling("memory", "load", run.run_id, level)
+    assert ended.exit_code == 0 and "moved every 4 steps where it comes from, and every 64 steps here" in ended.output
+    assert ended.output.count("taking the checkpoint of step 0") == 1
+    assert "moved every" not in nestling("memory", "load", adapted(runs, base, "--levels", "1,4").run_id, level).output
+    (tmp_path / "file").touch()
+    for folder, problem in (("none", "does not exist"), ("file", "is a file")):
+        message = refused("memory", "load", run.run_id, tmp_path / folder)
+        assert f"DIR: got {tmp_path}/{folder}, which {problem}; needs a folder that `nestling memory exp" in message
+
+
 def test_a_level_keeps_its_history(runs: Path, base: Path, level: Path, tmp_path: Path) -> None:
     entering, seen = read_level(level), tmp_path / "seen"
     seen.mkdir()

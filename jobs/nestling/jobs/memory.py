@@ -47,7 +47,7 @@ def export(
 
 
 @memory.command("load")
-@verb("run_id", "level", "step", "checkpoint", "rest")
+@verb("run_id", "level", "period", "period_before", "step", "checkpoint", "rest")
 def load(
     run: Run,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What `nestling memory export` wrote.")],
@@ -56,12 +56,24 @@ def load(
 ) -> dict[str, Any]:
     """Put a level into a run that was adapted from the same base."""
     target = found_run(run, overrides)
+    if not folder.is_dir():
+        problem = "is a file" if folder.exists() else "does not exist"
+        raise Stop(
+            f"DIR: got {folder}, which {problem}; needs a folder that "
+            "`nestling memory export RUN --level N --out DIR` wrote",
+            WRONG_USAGE,
+        )
     from nestling.training.exchange import load_level
 
     try:
         result = {"run_id": target.run_id, **load_level(target, folder)}
     except RunBusyError as error:
         raise Stop(str(error), WRONG_USAGE) from error
+    if result["period"] != result["period_before"]:
+        say(
+            f"the level moved every {result['period_before']} where it comes from, and every {result['period']} here; "
+            "adapt the base with the same --levels to keep its period"
+        )
     if result["rest"] == "other":
         say("the rest of this model is not what the level was trained with; evaluate before you rely on it")
     if not as_json:

@@ -132,6 +132,7 @@ def open_weights(folder: RunFolder, config: JobConfig) -> Weights:
         return Weights(str(folder.weights), sizes, lambda name: file.get_tensor(name).flatten())
     store = run_store(config, folder)
     found = newest_good(store)
+    log.info("taking the checkpoint of step %d", found.checkpoint.step)
     sizes = {n.removeprefix(WEIGHT): size for n, size in found.pieces.sizes.items() if n.startswith(WEIGHT)}
     return Weights(store.location(found.checkpoint), sizes, lambda name: found.pieces.read(WEIGHT + name))
 
@@ -161,7 +162,6 @@ def newest_good(store: Store) -> OpenCheckpoint:
     damage = store.damaged()
     for checkpoint in store.checkpoints():
         if not (problems := store.problems(checkpoint)):
-            log.info("taking the checkpoint of step %d", checkpoint.step)
             return store.open(checkpoint)
         log.warning("the checkpoint of step %d is damaged: %s", checkpoint.step, problems[0])
         damage.append(problems[0])

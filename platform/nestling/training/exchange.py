@@ -28,7 +28,7 @@ from nestling.checkpoint import (
 )
 from nestling.checkpoint.alone import WeightsHash, commit_tensors
 from nestling.checkpoint.level_file import LevelFile, Origin, read_level, write_level
-from nestling.config import ConfigError, JobConfig, from_yaml
+from nestling.config import ConfigError, JobConfig, LevelConfig, from_yaml
 from nestling.tracking import RunFolder
 from nestling.training.groups import level_members
 
@@ -46,7 +46,7 @@ def export_level(run: RunFolder, level: str, out: Path) -> dict[str, Any]:
     """
     config, base = _job(run), _base(run)
     name = _level_name(config, level)
-    settings = next(each for each in config.levels if each.name == name)
+    settings = _settings(config, name)
     members, weights = level_members(config), open_weights(run, config)
     shapes = members[name]
     steps, tokens = _seen(run, config, shapes)
@@ -69,8 +69,8 @@ def load_level(run: RunFolder, folder: Path) -> dict[str, Any]:
     checkpoint is replaced as a whole. The final weights follow it; if that is cut short, do it again.
 
     Returns:
-        `level` (its name in this run), `step`, `checkpoint`, and `rest`: whether the rest of the model is the "same" as
-        where the level comes from, or an "other".
+        `level` (its name in this run), its `period` here and the `period_before` ("4 steps"), `step`, `checkpoint`, and
+        `rest`: whether the rest of the model is the "same" as where the level comes from, or an "other".
 
     Raises:
         ConfigError: the run was not adapted, has another base, or no level with the same parameters.
@@ -105,8 +105,11 @@ def load_level(run: RunFolder, folder: Path) -> dict[str, Any]:
             export_weights(store, shapes, run.weights)
         run.evaluation.unlink(missing_ok=True)  # it is about the weights before
         run.update(heldout_bits_per_byte=None)
+    settings = _settings(config, name)
     return {
         "level": name,
+        "period": f"{settings.period} {settings.unit}",
+        "period_before": f"{origin.period} {origin.unit}",
         "step": checkpoint.step,
         "checkpoint": store.location(checkpoint),
         "rest": "same" if rest == origin.rest_sha256 else "other",
@@ -136,6 +139,10 @@ def _level_name(config: JobConfig, level: str) -> str:
     if level.isdecimal() and 1 <= int(level) <= len(names):
         return names[int(level) - 1]
     raise ConfigError(f"--level: got {level!r}, needs one of {', '.join(names)}, or a number from 1 to {len(names)}")
+
+
+def _settings(config: JobConfig, name: str) -> LevelConfig:
+    return next(level for level in config.levels if level.name == name)
 
 
 def _fitting(run: RunFolder, members: Mapping[str, Mapping[str, torch.Size]], entering: LevelFile) -> str:
