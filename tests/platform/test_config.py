@@ -234,11 +234,31 @@ def test_mistakes(job: Path, override: str, message: str, monkeypatch: pytest.Mo
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ("[{layers: [0]}, {layers: [5]}]", "levels.1.layers: got [5], needs layers from 0 to 1 (model.layers=2)"),
+        ("[{layers: [1, -1]}]", "levels.0.layers: got [1, -1], needs layers from 0 to 1"),
+        ("[{layers: [0]}, {layers: [1, 0]}]", "levels.1.layers: got [1, 0], but layer 0 is in levels.0.layers already"),
+        ("[{width: 8}, {layers: [0, 0]}]", "levels: got widths [8]"),
+        ("[{parameters: [a]}, {layers: [0, 0]}]", "levels.1.layers: got [0, 0], but layer 0 is in levels.1.layers alr"),
+    ],
+)
+def test_layers_of_levels(job: Path, levels: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(job, ["model={name: hope_attention, width: 64, heads: 2, layers: 2, mlp_width: 8}", f"levels={levels}"])
+    assert str(error.value).startswith(message)
+
+
 def test_nested_levels_fit_into_each_other(job: Path) -> None:
     config = load(job, ["model.level_variant=nested", "levels.0.period=2"])
     assert config.model.level_variant == "nested"  # type: ignore[attr-defined]
-    for change in ("levels.0.period=3", "levels.1.unit=tokens"):
-        with pytest.raises(ConfigError, match="level_variant=nested needs each period to be a multiple of the one bef"):
+    needs = {
+        "levels.0.period=3": "each period to be a multiple of the one before",
+        "levels.1.unit=tokens": "the same unit",
+    }
+    for change, need in needs.items():
+        with pytest.raises(ConfigError, match=f"level_variant=nested needs {need}"):
             load(job, ["model.level_variant=nested", change])
         load(job, [change])
 

@@ -1,13 +1,15 @@
 """Which rule moves which parameter: from a job's keys to the optimizer's groups."""
 
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 
 from nestling.config import ConfigError, from_yaml, load, to_yaml
+from nestling.config.optimizers import MATRIX_OPTIMIZERS, Optimizer
 from nestling.models import build
-from nestling.optim import Levels
-from nestling.training.groups import parameter_groups
+from nestling.optim import COMPONENTS, Levels
+from nestling.training.groups import MATRIX_RULES, parameter_groups
 
 
 def job(*overrides):
@@ -75,6 +77,10 @@ def test_only_linear_maps_are_matrices_and_the_rest_has_a_rate_of_its_own():
         ("optimizers.muon.ns_steps=0", "optimizers.muon.ns_steps: got 0, needs at least 1"),
         ("optimizers.deep_momentum.hidden=0", "optimizers.deep_momentum.hidden: got 0, needs at least 1"),
         ("optimizers.sgd.momentum=1", "optimizers.sgd.momentum: got 1.0, needs a value from 0 to below 1"),
+        (
+            "optimizers.adamw.betas=[0.9, 0.9]",
+            "optimizers.adamw.betas: .* AdamW's settings are training.betas and train",
+        ),
         ("optimizers.bucket=0", "optimizers.bucket: got 0, needs at least 1"),
         ("optimizers.m3.slow_perod=3", "optimizers.m3.slow_perod: unknown key; .* optimizers.m3.slow_period"),
         ("training.adamw_learning_rate=0", "training.adamw_learning_rate: got 0.0, needs a finite value above 0"),
@@ -83,3 +89,16 @@ def test_only_linear_maps_are_matrices_and_the_rest_has_a_rate_of_its_own():
 def test_wrong_settings_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
         job(override)
+
+
+def test_a_rate_that_no_rule_uses_is_told(caplog):
+    with caplog.at_level("WARNING"):
+        for override in ("training.optimizer=m3", "levels.0.optimizer=muon", "training.learning_rate=0.1"):
+            assert "adamw_learning_rate" not in caplog.text
+            job("training.adamw_learning_rate=1e-3", override)
+    assert "training.adamw_learning_rate is not used: no optimizer is m3 or muon" in caplog.text
+
+
+def test_names_are_those_of_the_rules():
+    assert set(get_args(Optimizer)) == set(COMPONENTS)
+    assert list(MATRIX_OPTIMIZERS) == MATRIX_RULES

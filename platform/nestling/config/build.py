@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -42,6 +42,11 @@ class ConfigError(ValueError):
 
 def unknown_key(key: str, known: Iterable[str]) -> ConfigError:
     """The error for `key`, naming the nearest of the `known` keys (full dotted paths)."""
+    if key.startswith("optimizers.adamw"):
+        return ConfigError(
+            f"{key}: unknown key; AdamW's settings are training.betas and training.learning_rate "
+            "(levels.N.learning_rate in a level)"
+        )
     known = list(known)
     section = key.rpartition(".")[0]
     siblings = [other for other in known if other.rpartition(".")[0] == section]
@@ -113,7 +118,9 @@ def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
             try:
                 OmegaConf.update(section, key, value, merge=False)
             except (OmegaConfBaseException, TypeError, ValueError) as error:
-                raise ConfigError(f"{full_key}: got {value!r}, needs {_in_words(annotations[key])}") from error
+                raise ConfigError(
+                    f"{full_key}: got {value!r}, needs {_in_words(hints[key], annotations[key])}"
+                ) from error
 
 
 def _inside(hint: Any) -> list[Any]:
@@ -128,11 +135,10 @@ def _first_leaf(path: str, value: Any) -> str:
     return path
 
 
-def _in_words(annotation: str) -> str:
-    """A type annotation as a person would say it."""
-    literal = re.fullmatch(r"Literal\[(.*)\]", annotation)
-    if literal:
-        return "one of " + literal.group(1).replace("'", "").replace('"', "")
+def _in_words(hint: Any, annotation: str) -> str:
+    """A type, and how it is written, as a person would say it."""
+    if get_origin(hint) is Literal:
+        return "one of " + ", ".join(get_args(hint))
     return " or ".join(_WORDS.get(part, part) for part in annotation.split(" | "))
 
 

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from nestling.config.build import ConfigError, build, holds_text, model_class, unknown_key
+from nestling.config.optimizers import MATRIX_OPTIMIZERS
 from nestling.config.schema import JobConfig
 from nestling.models.config import LevelsConfig
 
@@ -212,6 +213,12 @@ def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
             "ends and does not reach its peak before; lower training.warmup_steps",
             training.warmup_steps,
             training.steps,
+        )
+    rules = {training.optimizer, *(level.optimizer for level in config.levels)}
+    if training.adamw_learning_rate is not None and rules.isdisjoint(MATRIX_OPTIMIZERS):
+        log.warning(
+            "training.adamw_learning_rate is not used: no optimizer is %s; training.learning_rate is AdamW's own rate",
+            " or ".join(MATRIX_OPTIMIZERS),
         )
     if isinstance(config.model, LevelsConfig):
         widths = config.model.level_widths

@@ -12,6 +12,11 @@ from typing import Any, Literal
 
 from nestling.models.config.skeleton import require
 
+#: The rules by name, as in `nestling.optim.COMPONENTS`.
+Optimizer = Literal["adamw", "sgd", "m3", "muon", "delta_momentum", "deep_momentum", "delta_gradient_descent"]
+#: Those that leave all but matrices to AdamW.
+MATRIX_OPTIMIZERS = ("m3", "muon")
+
 
 @dataclass
 class SgdConfig:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
-from nestling.config.optimizers import OptimizersConfig
+from nestling.config.optimizers import Optimizer, OptimizersConfig
 from nestling.models.config import HopeAttentionConfig, HopeConfig, LevelsConfig, SkeletonConfig
 
 
@@ -37,10 +37,28 @@ def _need_name(where: str, value: str) -> None:
 def _need_nesting(levels: list[LevelConfig]) -> None:
     for fast, slow in pairwise(levels):
         if fast.unit != slow.unit or slow.period % fast.period:
+            needs = (
+                "the same unit in all" if fast.unit != slow.unit else "each period to be a multiple of the one before"
+            )
             raise ValueError(
                 f"levels: got {fast.name} every {fast.period} {fast.unit}, then {slow.name} every {slow.period} "
-                f"{slow.unit}; model.level_variant=nested needs each period to be a multiple of the one before"
+                f"{slow.unit}; model.level_variant=nested needs {needs}"
             )
+
+
+def _need_layers(levels: list[LevelConfig], count: int) -> None:
+    """Checks that each of a model's `count` layers is in one level at most."""
+    taken: dict[int, int] = {}
+    for place, level in enumerate(levels):
+        for layer in level.layers:
+            where = f"levels.{place}.layers: got {list(level.layers)}"
+            if not 0 <= layer < count:
+                raise ValueError(f"{where}, needs layers from 0 to {count - 1} (model.layers={count})")
+            if layer in taken:
+                raise ValueError(
+                    f"{where}, but layer {layer} is in levels.{taken[layer]}.layers already; needs each layer once"
+                )
+            taken[layer] = place
 
 
 def _need_different(where: str, what: str, names: list[str | None]) -> None:
@@ -171,9 +189,7 @@ class LevelConfig:
     #: Unit of `period`: optimizer steps, or tokens read.
     unit: Literal["steps", "tokens"] = "steps"
     #: Optimizer of the level; `optimizers` holds their settings.
-    optimizer: Literal["adamw", "sgd", "m3", "muon", "delta_momentum", "deep_momentum", "delta_gradient_descent"] = (
-        "adamw"
-    )
+    optimizer: Optimizer = "adamw"
     #: Peak learning rate; None: training.learning_rate.
     learning_rate: float | None = None
     #: Instead of a width: fnmatch patterns over the model's parameter names, such as "blocks.*.mixer.*".
@@ -215,9 +231,7 @@ class TrainingConfig:
     #: DeepSpeed ZeRO stage, 0 to 3: what is sharded over the workers.
     zero_stage: int = 0
     #: Optimizer of the parameters outside every level; `optimizers` holds the settings.
-    optimizer: Literal["adamw", "sgd", "m3", "muon", "delta_momentum", "deep_momentum", "delta_gradient_descent"] = (
-        "adamw"
-    )
+    optimizer: Optimizer = "adamw"
     #: Peak learning rate.
     learning_rate: float = 3e-3
     #: Peak learning rate of the embedding, the head and the vectors where m3 or muon moves the matrices: they move by
@@ -357,6 +371,7 @@ class JobConfig:
                 f"levels: got layers {layers}, which needs model.name=hope_attention and model.mlp_width; others take "
                 '`parameters: ["blocks.0.*"]`'
             )
+        _need_layers(self.levels, self.model.layers)
         if isinstance(self.model, LevelsConfig):
             self.model.level_widths = widths
         if isinstance(self.model, HopeAttentionConfig):

@@ -26,11 +26,10 @@ CHANGEABLE = (
 )
 FIXED = ("training.batch_tokens",)
 #: The same for a run adapted from a pretrained model that has not taken a step: it has weights, and nothing else.
-CHANGEABLE_AT_FIRST = (
-    *("seed", "training.*", "levels*", "model.level_layers"),
-    *("evaluation.*", "checkpoint.*", "tracking.*", "data.*"),
-)
+CHANGEABLE_AT_FIRST = ("seed", "training.*", "levels*", "evaluation.*", "checkpoint.*", "tracking.*", "data.*")
 FIXED_AT_FIRST = ("data.tokenizer",)
+#: What is no choice: where the run lies, and what follows from `levels`.
+DERIVED = ("run.dir", "model.level_layers")
 
 
 def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
@@ -53,7 +52,7 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
     old, new = flatten(to_mapping(before)), flatten(to_mapping(config))
     for key in sorted(old.keys() | new.keys()):
         kept = key in fixed or not any(fnmatchcase(key, pattern) for pattern in changeable)
-        if key != "run.dir" and old.get(key) != new.get(key) and kept:
+        if key not in DERIVED and old.get(key) != new.get(key) and kept:
             raise ConfigError(
                 f"{key}: is {old.get(key)} in run {folder.run_id} and cannot become {new.get(key)} in the middle of "
                 f"it; start a new run for that. A resumed run may change {', '.join(changeable)}, but not "
