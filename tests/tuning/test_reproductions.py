@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from nestling.tuning.reproductions import NAMES, Arm, Experiment, Outcome, Work,
 from nestling.tuning.reproductions.engine import Failure, Progress, run_trials
 from nestling.tuning.reproductions.long_context import LongContext
 from nestling.tuning.reproductions.recipe import Recipe
-from nestling.tuning.reproductions.run import make_folder, reproduce
+from nestling.tuning.reproductions.run import make_docs, make_folder, reproduce
 from nestling.tuning.reproductions.table import cells, markdown, rows
 from nestling.tuning.reproductions.text import Text
 from nestling.tuning.reproductions.training import Training
@@ -92,7 +93,7 @@ def test_the_full_protocol_has_the_same_models(name: str) -> None:
     small, full = experiment(name), experiment(name, full=True)
     assert {arm.model for arm in full.arms} == {arm.model for arm in small.arms}
     assert len({(arm.task, arm.model) for arm in full.arms}) == len(full.arms)
-    assert small.name == full.name == name
+    assert (small.name, full.name) == (name, f"{name}-full")  # one does not replace the other's files
 
 
 def test_two_timescales_to_the_published_digits() -> None:
@@ -227,14 +228,15 @@ def test_what_fails_is_told_and_the_rest_goes_on(ray_local: None, tmp_path: Path
         arm("tuned", a=Fixed(3.0, 0.1), b=Fixed(5.0, 0.3), c=Fixed(7.0, None), d=Fixed(error="unstable")),
         arm("nan", only=Fixed(float("nan"))),
     )
-    folder, told = make_folder(tmp_path, "mqar"), list[Progress]()
+    folder, told, docs = make_folder(tmp_path, "mqar"), list[Progress](), tmp_path / "docs"
+    make_docs(docs)
     result = reproduce(
         plan,
         folder,
         seeds=3,
         uri=None,
         command="nestling reproduce mqar",
-        docs=tmp_path / "docs",
+        docs=docs,
         tell=told.append,
     )
     by_model = {row["model"]: row for row in result.rows}
@@ -255,8 +257,11 @@ def test_what_fails_is_told_and_the_rest_goes_on(ray_local: None, tmp_path: Path
     assert "| a task | good | score | 2 ± 1 | 99 | 0.5 | 3 | 10 | 20 |" in table
     assert "| a task | tuned (b) | score | 6 ± 1 |" in table and "nestling reproduce mqar" in table
     files = {f"reproduce-mqar.{suffix}" for suffix in ("md", "png", "json")}
-    assert {path.name for path in (tmp_path / "docs").iterdir()} == files
-    assert json.loads((tmp_path / "docs/reproduce-mqar.json").read_text())["rows"] == result.rows
+    assert files <= {path.name for path in folder.path.iterdir()}
+    assert json.loads((folder.path / "reproduce-mqar.json").read_text())["rows"] == result.rows
+    # What is incomplete replaces nothing that was kept.
+    assert not list(docs.iterdir()) and result.table.parent == folder.path
+    assert result.not_kept is not None and str(result.table) in result.not_kept
     client = connect(f"sqlite:///{tmp_path}/mlflow.db")
     run = client.get_run(folder.info()["mlflow_run_id"])
     assert run.info.status == "FAILED" and run.data.metrics["a task/good/score/ours"] == 2.0
@@ -277,6 +282,22 @@ def test_an_interruption_leaves_what_has_ended(ray_local: None, tmp_path: Path, 
     (line,) = lines(folder)
     assert line["outcome"]["metrics"] == {"score": 1.0 + line["seed"]}
     assert folder.status() == "interrupted"
+
+
+@pytest.mark.slow
+def test_a_folder_that_takes_no_more_loses_nothing(ray_local: None, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder, docs = make_folder(tmp_path, "mqar"), tmp_path / "docs"
+    make_docs(docs)
+
+    def gone(progress: Progress) -> None:
+        shutil.rmtree(docs, ignore_errors=True)
+
+    plan = plan_of(arm("good", only=Fixed()))
+    result = reproduce(plan, folder, seeds=2, uri=None, command="", docs=docs, tell=gone)
+    assert result.rows[0]["ours"] == 1.5 and folder.status() == "finished"
+    assert result.not_kept is not None and f"the table is {folder.path}" in result.not_kept
+    assert result.table.exists() and result.table.parent == folder.path
 
 
 def lines(folder: Any) -> list[dict[str, Any]]:

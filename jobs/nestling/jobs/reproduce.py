@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from nestling.tuning.reproductions.table import Row
 
 KEYS = ("name", "seconds", "rows", "figure", "table", "run_dir")
-#: Where a checkout keeps its results.
-RESULTS = Path("docs/results")
 
 Overrides = Annotated[
     list[str] | None,
@@ -53,7 +51,7 @@ def reproduce(
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="The paper's protocol and sizes: hours or days.")] = False,
     docs: Annotated[
-        Path | None, typer.Option(help="Folder that gets table and figure.", show_default="docs/results of a checkout")
+        Path | None, typer.Option(help="Folder that gets table and figure as well, unless trials failed.")
     ] = None,
     as_json: AsJson = False,
 ) -> dict[str, Any]:
@@ -63,12 +61,20 @@ def reproduce(
         raise Stop(f"{name}: no such experiment; did you mean {nearest}? There are {', '.join(NAMES)}", WRONG_USAGE)
     places = pick(overrides or (), "run.dir", "tracking.uri")
     plan = experiment(name, full)
-    from nestling.tuning.reproductions.run import make_folder
+    from nestling.tuning.reproductions.run import make_docs, make_folder
     from nestling.tuning.reproductions.run import reproduce as run_experiment
 
+    docs = docs and docs.expanduser()
+    try:
+        if docs is not None:
+            make_docs(docs)
+    except OSError as error:
+        raise Stop(
+            f"--docs: cannot write in {docs}: {error}; give a folder that you may write in", WRONG_USAGE
+        ) from error
     runs_dir = Path(places.get("run.dir", RunConfig().dir)).expanduser()
     try:
-        folder = make_folder(runs_dir, name)
+        folder = make_folder(runs_dir, plan.name)
     except OSError as error:
         raise Stop(f"run.dir: cannot make a folder in {runs_dir}: {error}", WRONG_USAGE) from error
     say(f"{plan.title}: {plan.source}\nin {folder.path}; Ray's output: {folder.ray_log}")
@@ -79,8 +85,8 @@ def reproduce(
                 folder,
                 seeds=seeds or plan.seeds,
                 uri=places.get("tracking.uri"),
-                command=_command(name, seeds, full),
-                docs=docs if docs is not None else _docs_of_checkout(),
+                command=_command(name, seeds, full, docs),
+                docs=docs,
                 tell=_Progress(),
             )
     except KeyboardInterrupt as error:
@@ -102,7 +108,10 @@ def reproduce(
         print(in_columns({"table": str(result.table), "figure": str(result.figure), "trials": str(folder.path)}))
     if result.failures:
         failed = "\n".join(f"{each.task}, {each.model}, seed {each.seed}: {each.error}" for each in result.failures)
-        raise Stop(f"{len(result.failures)} trials failed:\n{failed}", FAILED, known)
+        kept = f"\n{result.not_kept}" if result.not_kept else ""
+        raise Stop(f"{len(result.failures)} trials failed:\n{failed}{kept}", FAILED, known)
+    if result.not_kept:
+        raise Stop(result.not_kept, FAILED, known)
     return known
 
 
@@ -129,20 +138,18 @@ class _Progress:
 
 
 def _stop(folder: RunFolder, name: str, how: str, code: int) -> Stop:
-    """The end of a reproduction without a table."""
+    """The end of a reproduction without a table, also one that ended before its first trial."""
+    if folder.status() in ("running", "stopped"):
+        folder.update(status="interrupted" if code == INTERRUPTED else "failed")
     trials = folder.path / "trials.jsonl"
     ended = len(trials.read_text(encoding="utf-8").splitlines()) if trials.exists() else 0
     return Stop(f"{how}; {ended} trials that ended are in {trials}", code, {"name": name, "run_dir": folder.path})
 
 
-def _command(name: str, seeds: int | None, full: bool) -> str:
-    return shlex.join(["nestling", "reproduce", name, *(["--seeds", str(seeds)] if seeds else []), *["--full"] * full])
-
-
-def _docs_of_checkout() -> Path | None:
-    project = Path("pyproject.toml")
-    ours = project.is_file() and 'name = "nestling"' in project.read_text(encoding="utf-8")
-    return RESULTS if ours and RESULTS.is_dir() else None
+def _command(name: str, seeds: int | None, full: bool, docs: Path | None) -> str:
+    """What makes the same table at the same place."""
+    options = [*(["--seeds", str(seeds)] if seeds else []), *["--full"] * full]
+    return shlex.join(["nestling", "reproduce", name, *options, *(["--docs", str(docs)] if docs else [])])
 
 
 def _table(rows: list[Row]) -> Table:

@@ -48,7 +48,9 @@ class TrackedRun:
     experiment_id: str
 
 
-def start(config: Mapping[str, Any], folder: RunFolder, uri: str | None, experiment: str) -> TrackedRun:
+def start(
+    config: Mapping[str, Any], folder: RunFolder, uri: str | None, experiment: str, runs_dir: Path | None = None
+) -> TrackedRun:
     """Make the MLflow run of a training that is about to begin, or go on with the one that `run.json` names.
 
     Args:
@@ -56,12 +58,17 @@ def start(config: Mapping[str, Any], folder: RunFolder, uri: str | None, experim
         folder: the run's folder.
         uri: `tracking.uri`; None means the default of a new run (see `resolve_uri`), or where a resumed one was.
         experiment: name of the MLflow experiment, made when it does not exist; a resumed run stays in its own.
+        runs_dir: where the default database is; None for the folder that holds the run's.
 
     Raises:
         TrackingError: MLflow does not answer within seconds and the run is new to it, or it refuses.
     """
     known = folder.info()
-    run = _resume(config, folder, uri, known) if "mlflow_run_id" in known else _begin(config, folder, uri, experiment)
+    runs_dir = runs_dir or folder.path.parent
+    if "mlflow_run_id" in known:
+        run = _resume(config, folder, uri, known, runs_dir)
+    else:
+        run = _begin(config, folder, uri, experiment, runs_dir)
     folder.update(tracking_uri=run.uri, mlflow_run_id=run.mlflow_run_id, mlflow_experiment_id=run.experiment_id)
     threading.Thread(
         target=deliver,
@@ -144,12 +151,14 @@ def _has_ended_with_mail(folder: RunFolder) -> bool:
     return has_mail(folder)
 
 
-def _begin(config: Mapping[str, Any], folder: RunFolder, uri: str | None, experiment: str) -> TrackedRun:
-    uri = resolve_uri(uri, folder.path.parent)
+def _begin(
+    config: Mapping[str, Any], folder: RunFolder, uri: str | None, experiment: str, runs_dir: Path
+) -> TrackedRun:
+    uri = resolve_uri(uri, runs_dir)
     try:
         with first_use(uri):
             client = connect(uri)
-            experiment_id = _experiment(client, experiment, uri, folder.path.parent / "mlartifacts")
+            experiment_id = _experiment(client, experiment, uri, runs_dir / "mlartifacts")
         tags = {
             "nestling.run_id": folder.run_id,
             "nestling.run_dir": str(folder.path),
@@ -160,13 +169,15 @@ def _begin(config: Mapping[str, Any], folder: RunFolder, uri: str | None, experi
     except Exception as error:  # as in `finish`
         if isinstance(error, TrackingError):
             raise
-        raise _unusable(uri, folder, error) from error
+        raise _unusable(uri, runs_dir, error) from error
     return TrackedRun(uri, run.info.run_id, experiment_id)
 
 
-def _resume(config: Mapping[str, Any], folder: RunFolder, uri: str | None, known: Mapping[str, Any]) -> TrackedRun:
-    known = dict(known) | {"tracking_uri": present_uri(known["tracking_uri"], folder.path.parent)}
-    uri = resolve_uri(uri, folder.path.parent) if uri else known["tracking_uri"]
+def _resume(
+    config: Mapping[str, Any], folder: RunFolder, uri: str | None, known: Mapping[str, Any], runs_dir: Path
+) -> TrackedRun:
+    known = dict(known) | {"tracking_uri": present_uri(known["tracking_uri"], runs_dir)}
+    uri = resolve_uri(uri, runs_dir) if uri else known["tracking_uri"]
     run = TrackedRun(uri, known["mlflow_run_id"], known["mlflow_experiment_id"])
     parameters = flatten(config)
     forget_end(folder)
@@ -183,7 +194,7 @@ def _resume(config: Mapping[str, Any], folder: RunFolder, uri: str | None, known
                 f"recorded in; it was at {shown(known['tracking_uri'])}: correct tracking.uri"
             ) from error
         if uri != known["tracking_uri"]:
-            raise _unusable(uri, folder, error) from error
+            raise _unusable(uri, runs_dir, error) from error
         note_resumed(folder, parameters)
         log.warning("MLflow at %s is away (%s); the run goes on and all is sent later", shown(uri), reason(error))
         return run
@@ -195,11 +206,11 @@ def _resume(config: Mapping[str, Any], folder: RunFolder, uri: str | None, known
     return run
 
 
-def _unusable(uri: str, folder: RunFolder, error: Exception) -> TrackingError:
+def _unusable(uri: str, runs_dir: Path, error: Exception) -> TrackingError:
     return TrackingError(
         f"MLflow at {shown(uri)} cannot be used: {reason(error)}. Start that server or correct "
         "tracking.uri (or MLFLOW_TRACKING_URI); with neither, the run is tracked in "
-        f"{folder.path.parent / 'mlflow.db'}"
+        f"{runs_dir / 'mlflow.db'}"
     )
 
 

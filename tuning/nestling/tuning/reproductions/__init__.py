@@ -5,6 +5,7 @@ An experiment is a module with a function `experiment(full)`: the arms at the de
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 from nestling.tuning.reproductions.experiment import Arm, Experiment, Outcome, Trial, Work
@@ -16,9 +17,9 @@ NAMES = ("two-timescales", "formal-languages", "mqar", "mad", "optimizers", "abl
 
 
 def experiment(name: str, full: bool = False) -> Experiment:
-    """The experiment of this name: at its default size, or with the paper's protocol. KeyError for an unknown name."""
+    """The experiment of this name: at its default size, or NAME-full with the paper's protocol. KeyError if unknown."""
     if name not in NAMES:
         raise KeyError(name)
     module = import_module(f"{__name__}.{name.replace('-', '_')}")
     made: Experiment = module.experiment(full)
-    return made
+    return replace(made, name=f"{name}-full") if full else made

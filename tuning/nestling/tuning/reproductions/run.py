@@ -11,13 +11,14 @@ import logging
 import os
 import platform
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nestling.cluster import connected
-from nestling.tracking import RunFolder, TrackedRun, finish, resolve_uri, start
+from nestling.tracking import RunFolder, TrackedRun, finish, start
 from nestling.tracking.client import connect, reason
 from nestling.tuning.reproductions.engine import Failure, Progress, run_trials
 from nestling.tuning.reproductions.experiment import Experiment, Trial
@@ -32,18 +33,28 @@ MLFLOW_EXPERIMENT = "reproductions"
 
 @dataclass(frozen=True)
 class Result:
-    """What a reproduction came to; the files are in its folder, and in `docs` as well if that was given."""
+    """What a reproduction came to.
+
+    The files are in `docs` as well as in the folder if that was given and no trial failed; `not_kept` says why not.
+    """
 
     rows: list[Row]
     seconds: float
     figure: Path
     table: Path
     failures: list[Failure]
+    not_kept: str | None = None
 
 
 def make_folder(runs_dir: Path, name: str) -> RunFolder:
     """A new folder `reproductions/NAME-ID` in the runs folder."""
     return RunFolder.create(runs_dir / "reproductions", name)
+
+
+def make_docs(docs: Path) -> None:
+    """Make the folder that is to get the table, and try to write there. Raises OSError: before the work, not after."""
+    docs.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=docs).close()
 
 
 def reproduce(
@@ -64,7 +75,7 @@ def reproduce(
         seeds: trials of each arm.
         uri: MLflow's address; None for the default of the runs folder.
         command: what the person typed; it stands above the table.
-        docs: a folder that gets `reproduce-NAME.md`, `.png` and `.json`.
+        docs: a folder that gets `reproduce-NAME.md`, `.png` and `.json` if no trial failed; see `make_docs`.
         tell: called with each trial that ended.
 
     Raises:
@@ -74,33 +85,39 @@ def reproduce(
     with folder.claim():
         began = time.monotonic()
         folder.write_config(_plan(experiment, seeds, command))
-        runs_dir = folder.path.parent.parent
-        run = start(
-            {"name": experiment.name, "seeds": seeds, "command": command},
-            folder,
-            resolve_uri(uri, runs_dir),
-            MLFLOW_EXPERIMENT,
-        )
-        ended: list[Trial | Failure] = []
+        run: TrackedRun | None = None
         try:
+            settings = {"name": experiment.name, "seeds": seeds, "command": command}
+            run = start(settings, folder, uri, MLFLOW_EXPERIMENT, runs_dir=folder.path.parent.parent)
             ended = _run(experiment, folder, seeds, tell)
+            made = rows(experiment, ended)
+            seconds = time.monotonic() - began
+            files = _write(experiment, ended, made, folder.path, command, seconds, seeds)
+            _record(run, made, files)
         except BaseException as error:
             status = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
             folder.update(status=status)
-            finish(run, folder, status)
+            if run is not None:
+                finish(run, folder, status)
             raise
-        made = rows(experiment, ended)
-        seconds = time.monotonic() - began
-        files = _write(experiment, ended, made, folder.path, command, seconds, seeds)
         failures = [each for each in ended if isinstance(each, Failure)]
-        _record(run, made, files)
         status = "failed" if failures else "finished"
         folder.update(status=status, tokens=sum(t.outcome.tokens for t in ended if isinstance(t, Trial)))
         finish(run, folder, status, files[".png"])
+        not_kept = None
         if docs is not None:
-            docs.mkdir(parents=True, exist_ok=True)
-            files = {suffix: Path(shutil.copy(file, docs)) for suffix, file in files.items()}
-        return Result(made, seconds, files[".png"], files[".md"], failures)
+            files, not_kept = _keep(files, docs, failures)
+        return Result(made, seconds, files[".png"], files[".md"], failures, not_kept)
+
+
+def _keep(files: dict[str, Path], docs: Path, failures: list[Failure]) -> tuple[dict[str, Path], str | None]:
+    """Where the files are now, and why they are not in `docs`: what is incomplete does not replace what is whole."""
+    if failures:
+        return files, f"{docs} was left as it is, because {len(failures)} trials failed; the table is {files['.md']}"
+    try:
+        return {suffix: Path(shutil.copy(file, docs / file.name)) for suffix, file in files.items()}, None
+    except OSError as error:
+        return files, f"{docs} did not take the files ({error}); the table is {files['.md']}"
 
 
 def _run(
