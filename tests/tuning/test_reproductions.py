@@ -14,18 +14,20 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib import image
 
 from nestling.tasks import Mixture, PassKey, Task
 from nestling.tracking.client import connect
-from nestling.tuning.reproductions import NAMES, Arm, Experiment, Outcome, Work, experiment
+from nestling.tuning.reproductions import NAMES, Arm, Experiment, Outcome, Trial, Work, experiment
 from nestling.tuning.reproductions.engine import Failure, Progress, run_trials
+from nestling.tuning.reproductions.figure import bars
 from nestling.tuning.reproductions.long_context import LongContext
 from nestling.tuning.reproductions.recipe import Recipe
 from nestling.tuning.reproductions.run import make_docs, make_folder, reproduce
 from nestling.tuning.reproductions.table import cells, markdown, rows
 from nestling.tuning.reproductions.text import Text
 from nestling.tuning.reproductions.training import Training
-from nestling.tuning.reproductions.two_timescales import ARMS, FLOOR, METRICS, NoiseFloor
+from nestling.tuning.reproductions.two_timescales import LEARNERS, METRICS, PUBLISHED, NoiseFloor
 
 #: As arXiv:2512.24695 prints them: task, then the models' numbers.
 MAD = """
@@ -55,6 +57,17 @@ NEEDLES = {
 }
 
 
+#: The toy of two time scales in the order of `METRICS`: what the published script prints, and numpy for the others.
+TIMESCALES = {
+    "one level, rate 0.05 (as published)": (1.7994, 3.6090, 655.3868, 2.1846, 2.3417, 0.3843),
+    "two levels, 0.05 / 0.8, retention 0.5 (as published)": (2.0883, 1.4736, 549.5944, 1.8320, 2.0423, 0.2189),
+    "two levels, 0.05 / 0.8, retention 0.9": (1.9892, 2.9425, 165.3740, 0.5512, 0.4988, 0.0832),
+    "two levels, 0.05 / 0.8, no decay": (1.9587, 3.3619, 114.3407, 0.3811, 0.2513, 0.0516),
+    "one level, rate 0.2": (1.7526, 3.8424, 232.0404, 0.7735, 0.7389, 0.2401),
+    "one level, rate 0.5": (1.8114, 3.4716, 126.5281, 0.4218, 0.4204, 0.3268),
+    "one level, rate 0.8": (1.8443, 3.4206, 177.0211, 0.5901, 0.9214, 0.7947),
+}
+FLOOR = (2.0, 46.0394, 0.1535, 0.1478, 0.0)
 #: What a row has for outside programs.
 ROW = ("task", "model", "metric", "ours", "spread", "paper", "chance", "seeds", "tokens", "parameters")
 
@@ -98,12 +111,17 @@ def test_the_full_protocol_has_the_same_models(name: str) -> None:
 
 def test_two_timescales_to_the_published_digits() -> None:
     """Both printed lines of the published script and the recomputed ones, by the project's own levels."""
-    for learner, numbers in ARMS.values():
-        assert list(learner(0).metrics.values()) == pytest.approx(numbers, abs=1e-4)
+    for name, numbers in TIMESCALES.items():
+        assert list(LEARNERS[name](0).metrics.values()) == pytest.approx(numbers, abs=1e-4)
     floor = NoiseFloor()(0).metrics
     assert list(floor.values()) == pytest.approx(FLOOR, abs=1e-4)
     # What survives: no single rate is good at both, two levels without decay are.
     plan = experiment("two-timescales")
+    published = [name for name in TIMESCALES if name.endswith("(as published)")]
+    assert {arm.model: tuple(arm.paper.values()) for arm in plan.arms if arm.paper} == PUBLISHED
+    assert {name: TIMESCALES[name] for name in published} == PUBLISHED
+    rates = [learner.slow for learner in LEARNERS.values() if learner.slow == learner.fast]
+    assert rates == sorted(rates)
     good = []
     for arm in plan.arms[:-1]:
         (learner,) = arm.candidates.values()
@@ -185,13 +203,33 @@ def test_every_experiment_runs(name: str, ray_local: None, tmp_path: Path) -> No
     if plan.draw is not None:
         plan.draw(ended, str(picture))  # type: ignore[arg-type]
     else:
-        from nestling.tuning.reproductions.figure import bars
-
         bars(made, str(picture))
     assert picture.stat().st_size > 5000
 
 
 # --- the engine
+
+
+def test_what_only_the_paper_has_stands_apart(tmp_path: Path) -> None:
+    """Another unit has a panel of its own, our counts do not stand beside it, and no label leaves the picture."""
+    plan = experiment("ablation")
+    metrics = list(plan.arms[0].metrics)
+    found = Outcome(dict.fromkeys(metrics[:2], 2.0), tokens=10, parameters=20)
+    made = rows(plan, [Trial(arm.task, arm.model, "", 0, 1.0, found) for arm in plan.arms])
+    assert [(row["ours"], row["seeds"], row["tokens"], row["parameters"]) for row in made[:3]] == [
+        (2.0, 1, 10, 20),
+        (2.0, 1, 10, 20),
+        (None, 0, None, None),
+    ]
+    assert made[2]["paper"] == 12.24 and made[0]["unit"] == made[1]["unit"] != made[2]["unit"]
+    widths = []
+    for name, drawn in {"both": made, "ours": [row for row in made if row["ours"] is not None]}.items():
+        picture = tmp_path / f"{name}.png"
+        bars(drawn, str(picture))
+        pixels = image.imread(picture)[..., :3]
+        assert min(side.min() for side in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1])) == 1  # a white frame
+        widths.append(pixels.shape[1])
+    assert widths[0] > widths[1]
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,8 @@ def experiment(full: bool) -> Experiment:
         work = Training(mixture, {**HOPE, **changes}, Recipe(periods=periods, **recipe))
         metrics: tuple[str, ...] = ("english/held-out", "python/held-out")
         paper = {} if perplexity is None else {PERPLEXITY: perplexity}
-        arms.append(Arm("language modelling", name, {"": work}, (*metrics, *paper), paper))
+        units = dict.fromkeys(metrics, "bits per byte, lower is better") | {PERPLEXITY: "perplexity, lower is better"}
+        arms.append(Arm("language modelling", name, {"": work}, (*metrics, *paper), paper, units))
     return Experiment(
         name="ablation",
         title="What each part of HOPE is worth",

@@ -46,6 +46,7 @@ class Arm:
             and only the best one goes on to the other seeds and into the table.
         metrics: names of the metrics that the table shows, in order; other ones that were measured are only kept.
         paper: the paper's number for a metric, in the same unit.
+        units: of a metric, where they are not all the same; what has another unit has a panel of its own.
     """
 
     task: str
@@ -53,6 +54,7 @@ class Arm:
     candidates: Mapping[str, Work]
     metrics: Sequence[str]
     paper: Mapping[str, float] = field(default_factory=dict)
+    units: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The picture of a reproduction: bars of the table's values beside the paper's numbers, a panel for each task."""
+"""The picture of a reproduction: our values beside the paper's numbers, a panel for each task and unit."""
 
 from __future__ import annotations
 
@@ -12,23 +12,27 @@ COLUMNS = 3
 
 
 def bars(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Draw each task's values, models side by side; diamonds are the paper's numbers, dashes the chance level."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    columns = min(COLUMNS, len(tasks))
-    lines = -(-len(tasks) // columns)
-    with canvas(path, (4.2 * columns + 0.4, 3.0 * lines + 0.6)) as figure:
-        panels = figure.subplots(lines, columns, squeeze=False).flat
-        for panel, task in zip(panels, tasks, strict=False):
-            _panel(panel, [row for row in rows if row["task"] == task], models)
+    """Draw a panel for each task and unit, models below each other; diamonds: the paper; dashes: chance."""
+    panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault((row["task"], row["unit"]), []).append(row)
+    metrics = list(dict.fromkeys(row["metric"] for row in rows if row["ours"] is not None))
+    columns = min(COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    most = max(len({row["model"] for row in members}) for members in panels.values())
+    with canvas(path, (max(4.2 * columns + 0.4, 7), lines * (0.9 + 0.3 * most) + 0.6)) as figure:
+        axes = figure.subplots(lines, columns, squeeze=False).flat
+        for panel, ((task, unit), members) in zip(axes, panels.items(), strict=False):
+            _panel(panel, members, metrics)
             panel.set_title(task, loc="left", fontsize=11, fontweight="bold", color=INK)
-        for panel in list(panels)[len(tasks) :]:
+            panel.set_xlabel(unit, fontsize=9, color=INK)
+        for panel in list(axes)[len(panels) :]:
             panel.set_visible(False)
         handles: dict[str, Any] = {}
         for panel in figure.axes:
             handles |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
         names = list(handles)
-        figure.legend(list(handles.values()), names, loc="outside lower center", ncols=6, frameon=False, fontsize=9)
+        figure.legend(list(handles.values()), names, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], path: str, labels: tuple[str, str], log: bool) -> None:
@@ -57,9 +61,9 @@ def canvas(path: str, size: tuple[float, float]) -> Iterator[Any]:
     figure.savefig(path)
 
 
-def style(axes: Any) -> None:
-    """The quiet frame that every panel has."""
-    axes.grid(axis="y", color="#e6e8ee", linewidth=1)
+def style(axes: Any, values: str = "y") -> None:
+    """The quiet frame that every panel has; its grid is on the axis of the values."""
+    axes.grid(axis=values, color="#e6e8ee", linewidth=1)
     axes.set_axisbelow(True)
     axes.tick_params(colors=INK, labelsize=9, length=0)
     for side in ("top", "right", "left"):
@@ -67,18 +71,25 @@ def style(axes: Any) -> None:
     axes.spines["bottom"].set_color("#c9cdd6")
 
 
-def _panel(panel: Any, rows: Sequence[dict[str, Any]], models: Sequence[str]) -> None:
-    metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    present = [model for model in models if any(row["model"] == model for row in rows)]
-    width = 0.8 / len(present)
+def _panel(panel: Any, rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> None:
+    """The bars of a model's metrics stand together; what only the paper measured is a diamond on the model's line."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    present = [metric for metric in metrics if any(row["metric"] == metric and row["ours"] is not None for row in rows)]
+    height = 0.8 / max(len(present), 1)
     for row in rows:
-        colour = COLOURS[models.index(row["model"]) % len(COLOURS)]
-        x = metrics.index(row["metric"]) + (present.index(row["model"]) + 0.5) * width - 0.4
+        measured, y = row["metric"] in present, float(models.index(row["model"]))
+        thick = height if measured else 0.8
+        if measured:
+            y += (present.index(row["metric"]) + 0.5) * height - 0.4
         if row["ours"] is not None:
-            panel.bar(x, row["ours"], 0.9 * width, color=colour, yerr=row["spread"], ecolor=INK, label=row["model"])
+            colour = COLOURS[metrics.index(row["metric"]) % len(COLOURS)]
+            panel.barh(y, row["ours"], 0.9 * thick, color=colour, xerr=row["spread"], ecolor=INK, label=row["metric"])
         if row["paper"] is not None:
-            panel.scatter(x, row["paper"], marker="D", s=22, color="white", edgecolor=INK, zorder=3, label="paper")
+            panel.scatter(
+                row["paper"], y, marker="D", s=22, color="white", edgecolor=INK, zorder=3, clip_on=False, label="paper"
+            )
         if row["chance"] is not None:
-            panel.hlines(row["chance"], x - width / 2, x + width / 2, color=GREY, linestyle="--", label="chance")
-    panel.set_xticks(range(len(metrics)), metrics, fontsize=8)
-    style(panel)
+            panel.vlines(row["chance"], y - thick / 2, y + thick / 2, color=GREY, linestyle="--", label="chance")
+    panel.set_yticks(range(len(models)), models)
+    panel.set_ylim(len(models) - 0.5, -0.5)
+    style(panel, "x")

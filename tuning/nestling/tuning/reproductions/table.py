@@ -18,7 +18,7 @@ def rows(experiment: Experiment, ended: Sequence[Trial | Failure]) -> list[Row]:
 
     `ours` is the mean over the seeds and `spread` their standard deviation (None for one seed); `lowest` and `highest`
     stand beside it. Where `ours` is None, `why` says "failed" (no trial came to an end), "diverged" (with some seed) or
-    "not measured" (only the paper has it).
+    "not measured" (only the paper has it; our trials' counts do not belong to it).
     """
     return [row for arm in experiment.arms for row in _rows(arm, ended)]
 
@@ -42,8 +42,9 @@ def _rows(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Row]:
                 "chance": trials[0].outcome.chance.get(metric) if trials else None,
                 "seeds": len(values),
                 "why": why,
-                "tokens": round(statistics.mean(trial.outcome.tokens for trial in trials)) if trials else None,
-                "parameters": trials[0].outcome.parameters if trials else None,
+                "tokens": round(statistics.mean(trial.outcome.tokens for trial in trials)) if values else None,
+                "parameters": trials[0].outcome.parameters if values else None,
+                "unit": arm.units.get(metric, ""),
                 "lowest": min(values) if known else None,
                 "highest": max(values) if known else None,
                 "candidate": chosen if len(arm.candidates) > 1 else None,
