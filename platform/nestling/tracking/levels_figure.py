@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from nestling.models.component import GRADIENTS, TOKENS, Component
 
@@ -25,10 +26,11 @@ def levels_figure(parts: Sequence[tuple[Component, int]], path: Path, title: str
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(12, 2.3 + 0.27 * len(parts)), dpi=100, layout="constrained", facecolor="white")
+    layout = ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15)
+    figure = Figure(figsize=(12, 2.3 + 0.27 * len(parts)), dpi=100, layout=layout, facecolor="white")
     FigureCanvasAgg(figure)
-    figure.get_layout_engine().set(w_pad=0.2, h_pad=0.15)
     axes = figure.add_subplot()
     left = min(part.updates_per_token for part, _ in parts if part.updates_per_token) / 4
     levels = [level for _, level in parts]
@@ -49,7 +51,7 @@ def levels_figure(parts: Sequence[tuple[Component, int]], path: Path, title: str
     write = partial(axes.annotate, textcoords="offset points", fontsize=_SIZE, color=_INK, annotation_clip=False)
     for place, level in enumerate(levels):
         write(str(level), (0, place), (_LEVEL, 0), axes.get_yaxis_transform(), ha="center", va="center_baseline")
-    heading = {"va": "bottom", "color": "#7a8190"}
+    heading: dict[str, Any] = {"va": "bottom", "color": "#7a8190"}
     write("nested\nlevel", (0, 1), (_LEVEL, 6), "axes fraction", ha="center", **heading)
     write("component", (0, 1), (_NAME, 6), "axes fraction", ha="right", **heading)
     axes.set_title(title, loc="left", fontsize=15, fontweight="bold", color=_INK, pad=46)
