@@ -37,8 +37,6 @@ class Recipe:
     check_every: int = 100
     #: Score on the validation examples (from 0 to 1) at which training ends early; None: never.
     enough: float | None = None
-    #: Seconds after which training ends; None: no limit. What it cuts short is told in the outcome.
-    seconds: float | None = None
 
     def rate_factor(self, step: int) -> float:
         """Share of the peak learning rate at step `step`, counted from 1."""

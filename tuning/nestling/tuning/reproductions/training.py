@@ -8,7 +8,6 @@ when the validation examples are all right. One process, one thread: trials are 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -84,8 +83,8 @@ class _Run:
         self.details: dict[str, dict[str, Any]] = {}
 
     def train(self) -> str:
-        """Train to the end; returns why it ended: "steps", "enough", "time" or "diverged"."""
-        recipe, began = self.plan.recipe, time.monotonic()
+        """Train to the end; returns why it ended: "steps", "enough" or "diverged"."""
+        recipe = self.plan.recipe
         keep_every = -(-recipe.steps // CURVE_POINTS)
         last_stage = sum(steps for steps, _ in self.plan.stages)
         for batch in self._batches():
@@ -98,8 +97,6 @@ class _Run:
             if self.done % recipe.check_every == 0 and self.done > last_stage and recipe.enough is not None:
                 if self.validate() >= recipe.enough:
                     return "enough"
-            if recipe.seconds is not None and time.monotonic() - began > recipe.seconds:
-                return "time"
         return "steps"
 
     def validate(self) -> float:
