@@ -15,10 +15,11 @@ import pytest
 import torch
 from matplotlib import image
 
+from nestling.models import MODEL_CONFIGS
 from nestling.optim import COMPONENTS
 from nestling.tasks import Mixture, Task
 from nestling.tracking.client import connect
-from nestling.tuning.reproductions import NAMES, Arm, Experiment, Outcome, Trial, Work, experiment
+from nestling.tuning.reproductions import NAMES, Arm, Experiment, Outcome, Trial, Work, experiment, sizes
 from nestling.tuning.reproductions.engine import Failure, Progress, run_trials
 from nestling.tuning.reproductions.figure import bars
 from nestling.tuning.reproductions.long_context import LongContext
@@ -153,6 +154,13 @@ def test_the_notes_say_what_is_not_tuned_left_out_or_short_of_seeds() -> None:
         assert f"betas of {first} and {second} under" in notes["optimizers"].replace("and of", "betas of")
     assert "Noisy recall" in notes["mad"] and "--full" in notes["mad"]
     assert all(experiment(name).seeds >= 3 or "seed" in notes[name] for name in NAMES)
+
+
+def test_a_model_that_is_not_there_is_no_silent_gap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(MODEL_CONFIGS, "titans")
+    sizes._matched.cache_clear()
+    with pytest.raises(KeyError, match="titans"):
+        experiment("long-context")
 
 
 # --- every experiment through the engine, at a tiny size

@@ -11,7 +11,7 @@ from typing import Any
 from nestling.tasks.formal_languages import FormalLanguage
 from nestling.tuning.reproductions.experiment import Arm, Experiment
 from nestling.tuning.reproductions.recipe import Recipe
-from nestling.tuning.reproductions.sizes import Model, beside, registered
+from nestling.tuning.reproductions.sizes import Model, beside
 from nestling.tuning.reproductions.training import Training
 
 LANGUAGES = ("parity", "(aa)*", "(abab)*", "a^n b^n", "a^n b^n c^n", "Shuffle-2")
@@ -73,7 +73,7 @@ def experiment(full: bool) -> Experiment:
     """`full`: up to 300 epochs, as in the paper's source; by default a few."""
     arms = []
     for language in LANGUAGES:
-        for name in registered(PAPER):
+        for name in PAPER:
             task = FormalLanguage(language)
             model, recipe = _recipe(name, language, task.vocab_size)
             if full:

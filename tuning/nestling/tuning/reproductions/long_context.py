@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from nestling.tasks import Mixture, PassKey
 from nestling.tuning.reproductions.experiment import Arm, Experiment, Outcome, Trial
 from nestling.tuning.reproductions.recipe import Recipe
-from nestling.tuning.reproductions.sizes import Model, beside, registered
+from nestling.tuning.reproductions.sizes import Model, beside
 from nestling.tuning.reproductions.text import SEPARATOR, Text, text_bytes
 from nestling.tuning.reproductions.training import STRETCHES, Training
 
@@ -77,7 +77,7 @@ def experiment(full: bool) -> Experiment:
     """Width 64 and 0.8 million bytes; `full`: width 128, 16 million bytes, more trials."""
     hope = {**HOPE, "width": 128, "heads": 4, "level_widths": [256]} if full else HOPE
     arms = []
-    for name in registered(MODELS):
+    for name in MODELS:
         rate = RATES.get(name, RATE)
         recipe = Recipe(steps=4000 if full else 300, batch=16 if full else 8, learning_rate=rate)
         work = LongContext("english", beside(name, hope, SEPARATOR + 1), recipe, trials=20 if full else 10)

@@ -22,7 +22,7 @@ from nestling.tasks import (
 )
 from nestling.tuning.reproductions.experiment import Arm, Experiment, Work
 from nestling.tuning.reproductions.recipe import Recipe
-from nestling.tuning.reproductions.sizes import Model, beside, registered
+from nestling.tuning.reproductions.sizes import Model, beside
 from nestling.tuning.reproductions.training import Training
 
 MODELS = ("hope", "transformer", "titans")
@@ -82,7 +82,7 @@ class Setting:
 def experiment(full: bool) -> Experiment:
     tasks = MAD if full else tuple(SIZES)
     settings = [setting for task in tasks for setting in (_settings(task) if full else [_baseline(task)])]
-    arms = [_arm(setting, name, full) for setting in settings for name in registered(MODELS)]
+    arms = [_arm(setting, name, full) for setting in settings for name in MODELS]
     notes = [
         "Accuracy on the scored positions in percent, averaged over the classes, as the benchmark and the paper do.",
     ]

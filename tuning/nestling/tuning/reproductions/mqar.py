@@ -11,7 +11,7 @@ from typing import Any
 from nestling.tasks.mqar import Mqar
 from nestling.tuning.reproductions.experiment import Arm, Experiment
 from nestling.tuning.reproductions.recipe import Recipe
-from nestling.tuning.reproductions.sizes import Model, beside, registered
+from nestling.tuning.reproductions.sizes import Model, beside
 from nestling.tuning.reproductions.training import Training
 
 MODELS = (
@@ -66,7 +66,7 @@ def experiment(full: bool) -> Experiment:
     """`full`: ten times the steps."""
     arms = []
     for title, (task, easier) in TASKS.items():
-        for name in registered(MODELS):
+        for name in MODELS:
             steps = RECIPE["steps"] * (10 if full else 1)
             stages = tuple((round(share * steps), stage) for share, stage in easier)
             recipe = Recipe(**{**RECIPE, "steps": steps, "learning_rate": RATES.get(name, RECIPE["learning_rate"])})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cache
 from typing import Any
@@ -12,11 +12,6 @@ from nestling.models import MODEL_CONFIGS, SkeletonConfig
 from nestling.models.parameters import match_parameters
 
 Model = Mapping[str, Any]
-
-
-def registered(names: Iterable[str]) -> list[str]:
-    """Those of the names that `nestling.models.build` knows."""
-    return [name for name in names if name in MODEL_CONFIGS]
 
 
 def beside(name: str, hope: Model, vocab_size: int) -> Model:
