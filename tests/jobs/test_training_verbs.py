@@ -92,6 +92,31 @@ def test_generate(runs: Path, trained: dict[str, Any]) -> None:
     assert len(ended.stdout) == len(found["text"]) + 1  # control characters are shown as pictures
 
 
+def test_levels_that_move_while_reading(runs: Path) -> None:
+    """Trained through their moves, evaluated and sampled with them; a verb can also have the levels still."""
+    moving = ("continuum.drive=meta", "continuum.periods=[8]", "continuum.rates=[1.0]", "run.name=moving")
+    ended = subprocess.run(**command(runs, "train", "quickstart", *TINY, *moving, "training.steps=4", "--json"))
+    assert ended.returncode == 0, ended.stderr
+
+    def evaluated(*overrides: str) -> dict[str, Any]:
+        told = subprocess.run(**command(runs, "evaluate", "moving", *overrides, "--json"))
+        assert told.returncode == 0, told.stderr
+        return json.loads(told.stdout)
+
+    found, still = evaluated(), evaluated("continuum.drive=schedule")
+    assert found["heldout_bits_per_byte"] == pytest.approx(json.loads(ended.stdout)["heldout_bits_per_byte"], rel=1e-4)
+    assert found["levels_moving_bits_per_byte"] == pytest.approx(found["heldout_bits_per_byte"])
+    assert found["levels_still_bits_per_byte"] == pytest.approx(still["heldout_bits_per_byte"], rel=1e-6)
+    assert found["heldout_loss"] != pytest.approx(still["heldout_loss"], rel=1e-5)
+    assert still["levels_still_bits_per_byte"] is None
+    sample = ("generate", "moving", "--prompt", "The quick brown fox", "--max-tokens", "40", "--json")
+    texts = [subprocess.run(**command(runs, *sample, *rates)) for rates in ((), ("continuum.rates=[0.0]",))]
+    assert all(text.returncode == 0 for text in texts), texts[0].stderr
+    assert len({json.loads(text.stdout)["text"] for text in texts}) == 2
+    wrong = subprocess.run(**command(runs, "generate", "moving", "--prompt", "", "continuum.rate=[1.0]", "--json"))
+    assert wrong.returncode == 2 and "the nearest known one is continuum.rates" in wrong.stderr
+
+
 def test_a_training_that_fails_says_why_and_where_the_log_is(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("too little\n")
     ended = subprocess.run(**command(runs, "train", "quickstart", f"data.source={tmp_path}/text", "--json"))

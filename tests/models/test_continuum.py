@@ -13,7 +13,7 @@ from nestling.models.cms import continuum_memory
 from nestling.models.config import TransformerConfig
 from nestling.models.config.levels import LevelsConfig
 from nestling.models.continuum import Continuum
-from nestling.models.hope import set_backend
+from nestling.models.hope import mixers, set_backend
 from nestling.models.sampling import generate
 from nestling.models.skeleton import LanguageModel
 from nestling.models.transformer import Attention
@@ -325,17 +325,20 @@ def test_rows_are_apart_and_nothing_comes_from_later(make):
     assert (continuum(changed)[0] - logits)[:, 13].abs().min() > 1e-4  # token 13's own step is seen at once
 
 
-def test_hope_has_meta_gradients_on_the_reference_backend():
+def test_hope_has_meta_gradients_through_the_token_loop():
     model, text = hope(), tokens(12)
     meta = Continuum(model, (4, 8), (0.4, 0.2), drive="meta")
-    with pytest.raises(RuntimeError, match=r"set_backend\(model, 'reference'\)"):
-        meta(text)
     first = Continuum(model, (4, 8), (0.4, 0.2), drive="meta", second_order=False)
+    second = outer_gradients(model, meta(text)[0].square().mean())
+    assert {mixer.backend for mixer in mixers(model)} == {"auto"}
     chunked = outer_gradients(model, first(text)[0].square().mean())
+    assert max((second[name] - chunked[name]).abs().max() for name in second) > 1e-4
     set_backend(model, "reference")
     torch.testing.assert_close(outer_gradients(model, first(text)[0].square().mean()), chunked, rtol=1e-9, atol=1e-12)
-    second = outer_gradients(model, meta(text)[0].square().mean())
-    assert max((second[name] - chunked[name]).abs().max() for name in second) > 1e-4
+    torch.testing.assert_close(outer_gradients(model, meta(text)[0].square().mean()), second)
+    set_backend(model, "chunked")
+    with pytest.raises(RuntimeError, match=r"set_backend\(model, 'reference'\)"):
+        meta(text)
 
 
 def test_sampling_learns_from_what_it_reads():
@@ -363,13 +366,13 @@ def test_half_precision_moves_in_float32():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": attention(widths=())}, "model.level_widths"),
-        ({"periods": (2, 4)}, "got 2 periods and 3 rates, needs 3"),
+        ({"model": attention(widths=())}, "no level that could move"),
+        ({"periods": (2, 4)}, "got 2 periods and 3 rates, needs 3 of each"),
         ({"periods": (0, 4, 8)}, r"periods: got \[0, 4, 8\]"),
         ({"periods": (2, 3, 12), "model": attention("nested")}, "multiple of the one before"),
         ({"rates": (0.1, 0.1, -1.0)}, "finite numbers of at least 0"),
         ({"drive": "schedule"}, "drive: got 'schedule', needs one of stream, meta"),
-        ({"error": "mse"}, "error: got 'mse', needs one of task, local"),
+        ({"error": "mse"}, "continuum.error: got 'mse', needs one of task, local"),
     ],
 )
 def test_wrong_settings_are_named(arguments, message):

@@ -250,6 +250,41 @@ def test_layers_of_levels(job: Path, levels: str, message: str) -> None:
     assert str(error.value).startswith(message)
 
 
+STREAM = ["continuum.drive=stream", "continuum.periods=[4, 16]", "continuum.rates=[0.1, 0.1]"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["continuum.drive=online"], "continuum.drive: got 'online', needs one of schedule, stream, meta"),
+        (["continuum.rates=[0.1]"], "continuum: got 2 periods and 1 rates, needs 2 of each: one a level"),
+        (["continuum.periods=[4, 0]"], "continuum.periods: got [4, 0], needs whole numbers of at least 1"),
+        (["continuum.rates=[0.1, -1]"], "continuum.rates: got [0.1, -1.0], needs finite numbers of at least 0"),
+        (
+            ["continuum.periods=[4, 6]", "model.level_variant=nested", "levels.1.period=8"],
+            "continuum.periods: got [4, 6], nested levels need each to be a multiple of the one before",
+        ),
+        (["model.name=transformer"], "continuum: the model has no level that could move"),
+        (
+            ["training.zero_stage=3"],
+            "training.zero_stage: got 3, which cuts up the weights that continuum.drive=stream",
+        ),
+        (["training.activation_checkpointing=true"], "training.activation_checkpointing: got true, but with continuum"),
+        (["continuum.drive=meta", "levels.0.optimizer=delta_gradient_descent"], "delta_gradient_descent: needs layers"),
+    ],
+)
+def test_levels_that_cannot_move_while_reading(job: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        load(job, [*STREAM, *overrides])
+    assert str(error.value).startswith(message)
+
+
+def test_a_continuum_that_is_not_used_is_worth_a_warning(job: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load(job, STREAM).continuum.rates == [0.1, 0.1] and not caplog.text
+    load(job, [*STREAM, "continuum.drive=schedule"])
+    assert "continuum.periods and rates are not used" in caplog.text
+
+
 def test_nested_levels_fit_into_each_other(job: Path) -> None:
     config = load(job, ["model.level_variant=nested", "levels.0.period=2"])
     assert config.model.level_variant == "nested"  # type: ignore[attr-defined]

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestling.config.build import build as job
 from nestling.models import MODEL_CONFIGS, build
+from nestling.models.continuum import reading
 from nestling.optim import COMPONENTS, Levels, watch_inputs
 from nestling.optim.components import rule_name
 from nestling.optim.nested import enclosing
@@ -160,6 +161,44 @@ def test_memories_change_as_often_as_they_say(changed):
     memory = state[0].memory
     held = sum(w.numel() * 4 for part in (memory.weights, memory.snapshots) for w in part["key"])
     assert rows["key memory"].component.state_bytes == 2 * held  # two blocks
+
+
+@pytest.mark.parametrize(
+    ("variant", "periods", "rates"),
+    [("sequential", [2, 3], [0.3, 0.1]), ("nested", [2, 4], [0.3, 0.1]), ("nested", [2, 4], [0.0, 0.1])],
+)
+def test_levels_that_move_in_context_change_as_often_as_they_say(variant, periods, rates):
+    settings = config(
+        model={"name": "hope_attention", "level_variant": variant},
+        levels=[{"width": 8, "period": 1}, {"width": 6, "period": 2}],
+        continuum={"drive": "stream", "periods": periods, "rates": rates},
+    )
+    rows = {row.component.name: row for row in nested_view(settings)}
+    torch.manual_seed(0)
+    reader = reading(build(settings.model), settings.continuum)
+    state, changes, held = reader.initial_state(1), Counter(), Counter()
+    for token in torch.randint(0, 31, (1, LENGTH)).split(1, dim=1):
+        before, state = state, reader(token, state)[1]
+        for number, (old, new) in enumerate(zip(before.levels, state.levels, strict=True), start=1):
+            kinds = {
+                "": "weights",
+                ": accumulator": "errors",
+                ": start": "start",
+                ": start: accumulator": "start_errors",
+            }
+            for kind, field in kinds.items():
+                was, now = getattr(old, field), getattr(new, field)
+                name = f"CMS level{number} in context{kind}"
+                # Errors are taken in whenever a block has ended, by what is emptied then as well.
+                ended = len(before.tokens[0]) >= len(state.tokens[0])
+                changes[name] += ended if "accumulator" in kind else was is not now
+                if now:
+                    held[name] = sum(weight.nbytes for weight in now.values())
+    assert {name for name in rows if " in context" in name} == set(held)
+    for name, count in held.items():
+        assert rows[name].per == "sequence" and rows[name].component.state_bytes == count
+        assert changes[name] == pytest.approx(rows[name].updates_per_step), name
+    assert "CMS level1: initial feed-forward" in rows and "CMS level1: feed-forward" not in rows
 
 
 @pytest.mark.parametrize("tie", [False, True])

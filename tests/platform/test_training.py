@@ -39,6 +39,10 @@ TINY = [
 ]
 
 
+#: Levels that also move inside each sequence, the outer gradient passing through.
+META = ["continuum.drive=meta", "continuum.periods=[4, 16]", "continuum.rates=[1.0, 1.0]"]
+
+
 @pytest.fixture(scope="session")
 def job(texts, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
@@ -108,6 +112,8 @@ def probes(ray_local, job, tmp_path_factory):
             "bfloat16": ["training.precision=bfloat16", "training.zero_stage=0"],
             "bfloat16 zero2": ["training.precision=bfloat16", "training.zero_stage=2"],
         }
+        plain |= {f"meta zero{stage}": [f"training.zero_stage={stage}", *META] for stage in range(3)}
+        changed["meta accumulated"] = ["training.micro_batch=2", "training.zero_stage=2", *META]
         jobs = plain | changed if workers == 2 else plain
         settings = {
             "corpus": str(corpus.folder),
@@ -136,8 +142,18 @@ def test_every_stage_and_number_of_workers_gives_the_same_losses(probes):
     assert reference[-1] < reference[0] - 0.5  # it learns, so that equal losses say something
     for workers, stages in probes.items():
         for label, result in stages.items():
-            if "bfloat16" not in label:
+            if "bfloat16" not in label and "meta" not in label:
                 assert relative(result["losses"], reference) < 1e-4, (workers, label)
+
+
+def test_levels_that_move_inside_a_sequence_train_alike_everywhere(probes):
+    reference = probes[1]["meta zero0"]["losses"]
+    assert reference[-1] < reference[0] - 0.5
+    assert relative(reference, probes[1]["zero0"]["losses"]) > 1e-3  # they did move
+    labels = [(workers, label) for workers in probes for label in probes[workers] if label.startswith("meta")]
+    assert len(labels) == 7
+    for workers, label in labels:
+        assert relative(probes[workers][label]["losses"], reference) < 1e-4, (workers, label)
 
 
 def test_bfloat16_trains_close_to_float32_and_alike_in_every_stage(probes):

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import shlex
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nestling.config import RunConfig, pick
+from nestling.config.build import unknown_key
+from nestling.config.load import parse_override
 from nestling.jobs.output import WRONG_USAGE, Stop, say
+from nestling.models.config import ContinuumConfig
 from nestling.tracking.runs import RunFolder, find_run
 
 Job = Annotated[str, typer.Argument(metavar="JOB", help="A job file, or the name of one in ./jobs.")]
@@ -30,6 +34,22 @@ AsJson = Annotated[bool, typer.Option("--json", help="End standard output with o
 def runs_dir(overrides: list[str] | None) -> Path:
     """Where runs are kept; ConfigError for any key but run.dir."""
     return Path(pick(overrides or (), "run.dir").get("run.dir", RunConfig().dir)).expanduser()
+
+
+def for_reading(overrides: list[str] | None, *others: str) -> tuple[list[str], list[str]]:
+    """Overrides of a verb that reads text with a trained model: run.dir's, and those of continuum and `others`.
+
+    Raises:
+        ConfigError: any other key.
+    """
+    places = [override for override in overrides or () if override.startswith("run.dir=")]
+    changes = [override for override in overrides or () if override not in places]
+    for override in changes:
+        key, _ = parse_override(override)
+        known = ("run.dir", *(f"continuum.{field.name}" for field in fields(ContinuumConfig)), *others)
+        if key not in known:
+            raise unknown_key(key, known)
+    return places, changes
 
 
 def need_writable(folder: Path, given: str, fix: str) -> None:

@@ -7,13 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from nestling.config import EvaluationConfig, from_yaml, pick
-from nestling.jobs.arguments import AsJson, Run, trained_run
+from nestling.config import EvaluationConfig, from_yaml
+from nestling.jobs.arguments import AsJson, Run, for_reading, trained_run
 from nestling.jobs.output import WRONG_USAGE, Stop, chatter_to, in_columns, say, verb
 
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="run.dir, data.column, or evaluation.final_tokens.", show_default=False),
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="run.dir, data.column, evaluation.final_tokens, or continuum.drive and its settings.",
+        show_default=False,
+    ),
 ]
 
 
@@ -26,21 +30,20 @@ def evaluate(
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Evaluate a trained model on held-out text."""
-    places = [override for override in overrides or () if override.startswith("run.dir=")]
-    changes = [override for override in overrides or () if override not in places]
-    pick(changes, "data.column", *(f"evaluation.{field.name}" for field in fields(EvaluationConfig)))
+    evaluation = (f"evaluation.{field.name}" for field in fields(EvaluationConfig))
+    places, changes = for_reading(overrides, "data.column", *evaluation)
     folder = trained_run(run, places)
-    column = None
+    column = continuum = None
     if changes:
         config = from_yaml(folder.config.read_text(encoding="utf-8"), changes)
-        tokens, column = tokens or config.evaluation.final_tokens, config.data.column
+        tokens, column, continuum = tokens or config.evaluation.final_tokens, config.data.column, config.continuum
     if data is not None:
         _check_source(data)
     say(f"evaluating {folder.run_id} ({folder.name}); Ray's output: {folder.ray_log}")
     with chatter_to(folder.ray_log):
         from nestling.evaluation import evaluate as run_evaluation
 
-        result = run_evaluation(folder, data, tokens, column)
+        result = run_evaluation(folder, data, tokens, column, continuum)
     if not as_json:
         print(in_columns(report(result)))
     return result
@@ -76,6 +79,12 @@ def report(figures: dict[str, Any]) -> dict[str, str]:
         )
         gates = ((", ".join(f"{value:.3f}" for value in figures[name])) for name in ("eta", "alpha"))
         lines["gates"] = "mean eta {}; mean alpha {} (layer by layer)".format(*gates)
+    if figures["levels_still_bits_per_byte"] is not None:
+        moving, still = figures["levels_moving_bits_per_byte"], figures["levels_still_bits_per_byte"]
+        lines["levels"] = (
+            f"{moving:.3f} with levels that move while they read, {still:.3f} with levels that stay "
+            f"({still - moving:+.3f}), over {figures['control_tokens']:,} tokens"
+        )
     if figures["second_copy_bits_per_byte"] is None:
         lines["recall"] = "not measured: the held-out text is too short for two passages"
     else:

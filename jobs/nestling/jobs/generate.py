@@ -8,12 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestling.jobs.arguments import AsJson, Run, RunDir, trained_run
+from nestling.config import from_yaml
+from nestling.jobs.arguments import AsJson, Run, for_reading, trained_run
 from nestling.jobs.output import say, verb
 
 if TYPE_CHECKING:
     from nestling.data.tokenizer import Tokenizer
 
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="run.dir, or continuum.drive and its settings.", show_default=False),
+]
 #: Control characters, which could do anything to a terminal, as their visible pictures; but newlines and tabs.
 _HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 
@@ -22,7 +27,7 @@ _HARMLESS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Option(help="Text to go on from; an empty one starts a document.")],
-    overrides: RunDir = None,
+    overrides: Overrides = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 200,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
@@ -30,18 +35,22 @@ def generate(
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Print the continuation of a prompt as it comes."""
-    folder = trained_run(run, overrides)
+    places, changes = for_reading(overrides)
+    folder = trained_run(run, places)
+    continuum = from_yaml(folder.config.read_text(encoding="utf-8"), changes).continuum
 
     import torch
 
     from nestling.checkpoint import load_final
     from nestling.models import sampling
+    from nestling.models.continuum import reading
 
     torch.set_num_threads(1)  # a token is thousands of tiny operations: more threads only wait for each other
     model, tokenizer, _ = load_final(folder)
     ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.separator])
     stop = tokenizer.separator
-    tokens = sampling.generate(model, ids, max_tokens, seed=seed, temperature=temperature, top_k=top_k, stop=stop)
+    settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "stop": stop}
+    tokens = sampling.generate(reading(model, continuum), ids, max_tokens, **settings)
     taken: list[int] = []
     pieces: list[str] = []
     start = time.perf_counter()

@@ -16,9 +16,8 @@ on how tokens are split into calls. Memory: the graph of one block in `stream`, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,8 +26,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nestling.memory.checks import state_dtype
-from nestling.models.config import LevelsConfig, SkeletonConfig
+from nestling.models.component import GRADIENTS, TOKENS, Component
+from nestling.models.config import ContinuumConfig, LevelsConfig, SkeletonConfig
 from nestling.models.errors import ERRORS, Reading, Weights, next_token_loss, read_block
+from nestling.models.hope import mixers
 from nestling.models.skeleton import LanguageModel
 
 DRIVES = ("stream", "meta")
@@ -77,8 +78,8 @@ class Continuum(nn.Module):
         drive: "stream" (no outer gradient) or "meta" (the outer gradient passes through the steps; without autograd
             recording, the same as "stream").
         error: "task" or "local", see `nestling.models.errors`.
-        second_order: of "meta": also differentiate the inner gradients. Needs a model with a second derivative:
-            attention, or HOPE with `set_backend(model, "reference")`. Without it, inner gradients are constants.
+        second_order: of "meta": also differentiate the inner gradients, which HOPE's memories can only do token by
+            token (`backend="reference"`, slow). Without it, inner gradients are constants.
 
     Raises:
         ValueError: a model without levels, or a setting that does not fit them.
@@ -98,13 +99,19 @@ class Continuum(nn.Module):
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.names = [[names[id(parameter)] for parameter in level] for level in model.level_parameters()]
         self.nested = isinstance(model.config, LevelsConfig) and model.config.level_variant == "nested"
-        _check(len(self.names), periods, rates, self.nested, drive, error)
+        if drive not in DRIVES:
+            raise ValueError(f"drive: got {drive!r}, needs one of {', '.join(DRIVES)}")
+        ContinuumConfig(drive, list(periods), list(rates), error).check(len(self.names), self.nested)  # type: ignore[arg-type]
         self.model, self.drive, self.error, self.second_order = model, drive, error, second_order
         self.periods, self.rates = tuple(periods), tuple(float(rate) for rate in rates)
 
     @property
     def config(self) -> SkeletonConfig:
         return self.model.config
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The model's parameters by the model's own names: there are no others."""
+        return self.model.named_parameters(*args, **kwargs)
 
     def initial_state(self, batch: int) -> ContinuumState:
         """The state before the first token, for `batch` rows."""
@@ -127,10 +134,9 @@ class Continuum(nn.Module):
             RuntimeError: "meta" with `second_order` through an operation that has no second derivative.
         """
         outer = self.drive == "meta" and torch.is_grad_enabled()
-        # Fused attention has no second derivative, attention written as matrix products has.
         twice = outer and self.second_order and self._moving()
-        attention = sdpa_kernel(SDPBackend.MATH) if twice else nullcontext()
-        with torch.inference_mode(False), torch.set_grad_enabled(outer), attention:
+        operations = _with_second_derivatives(self.model) if twice else nullcontext()
+        with torch.inference_mode(False), torch.set_grad_enabled(outer), operations:
             tokens = tokens.clone() if tokens.is_inference() else tokens
             self._check_call(tokens, state)
             state = self.initial_state(len(tokens)) if state is None else state
@@ -139,6 +145,50 @@ class Continuum(nn.Module):
                 read, state = self._read(piece, successor, state, outer)
                 logits.append(read)
             return torch.cat(logits, dim=1), state
+
+    def components(self, tokens: int, names: Sequence[str]) -> list[Component]:
+        """What learns while it reads one sequence of `tokens` tokens: the model's own, and levels by these names."""
+        own = [part for number, name in enumerate(names) for part in self._level_components(number, name, tokens)]
+        return [*self.model.components(tokens), *own]
+
+    def role(self, name: str) -> str:
+        """What the parameter `name` is for; a level that moves here begins with its own."""
+        moving = {name for level in self.initial_state(1).levels for name in level.weights}
+        return f"initial {self.model.role(name)}" if name in moving else self.model.role(name)
+
+    def _level_components(self, number: int, name: str, tokens: int) -> Iterator[Component]:
+        """The level's weights in context, what they are reset to, and the errors kept until either moves."""
+        weights = self.initial_state(1).levels[number].weights.values()
+        numbers, size = sum(map(torch.numel, weights)), sum(weight.nbytes for weight in weights)
+        rate, slower = self.rates[number], self._slower(number)
+        rule = "gradient descent" if self.error == "task" else "Delta Gradient Descent in each layer (Eq. 57)"
+        # Name, tokens from one move to the next, equation, whether it sums up errors itself, reads of a weight a token.
+        problems = [(name, self.periods[number], "(Eq. 71)", True, 1)] if rate else []
+        if slower:
+            problems += [] if rate else [(name, slower[1], "(Eq. 72)", False, 1)]
+            problems += [(f"{name}: start", slower[1], "(Eq. 72)", True, 0)]
+        ends = [end for end in range(1, tokens) if self._at_end(end)]
+        for called, every, equation, sums, reads in problems:
+            often = (tokens - 1) // every / tokens
+            yield Component(
+                name=called,
+                context=TOKENS,
+                objective=f"next-token loss of {every:,} tokens {equation}",
+                rule=f"{rule} {equation}",
+                updates_per_token=often,
+                state_bytes=size,
+                flops_per_token=2.0 * numbers * (reads + often),
+            )
+            if sums and any(end % every for end in ends):
+                yield Component(
+                    name=f"{called}: accumulator",
+                    context=GRADIENTS,
+                    objective="−⟨a, g⟩ over a period",
+                    rule="sum of the blocks' g (Eq. 71)",
+                    updates_per_token=len(ends) / tokens,
+                    state_bytes=size,
+                    flops_per_token=numbers * len(ends) / tokens,
+                )
 
     def _read(
         self, piece: Tensor, successor: Tensor, state: ContinuumState, outer: bool
@@ -233,6 +283,32 @@ class Continuum(nn.Module):
             )
 
 
+def reading(model: LanguageModel, config: ContinuumConfig) -> LanguageModel | Continuum:
+    """The model as it reads a text by this configuration: as it is, or with levels that move.
+
+    Raises:
+        ValueError: see `Continuum`.
+    """
+    if config.drive == "schedule":
+        return model
+    settings: dict[str, Any] = {"drive": config.drive, "error": config.error, "second_order": config.second_order}
+    return Continuum(model, config.periods, config.rates, **settings)
+
+
+@contextmanager
+def _with_second_derivatives(model: LanguageModel) -> Iterator[None]:
+    """Attention written as matrix products, and memories as the token loop: what is fused has one derivative only."""
+    layers = [layer for layer in mixers(model) if layer.backend == "auto"]
+    for layer in layers:
+        layer.backend = "reference"
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for layer in layers:
+            layer.backend = "auto"
+
+
 def detached(state: Any) -> Any:
     """The same numbers cut off from the graph that made them, in tuples, lists, mappings and what can `detach`."""
     if hasattr(state, "detach"):
@@ -257,19 +333,3 @@ def _sum(errors: Weights | None, more: Weights) -> Weights:
 def _step(weights: Weights | None, errors: Weights | None, rate: float) -> Weights:
     assert weights is not None and errors is not None
     return {name: weight - rate * errors[name] for name, weight in weights.items()}
-
-
-def _check(levels: int, periods: Sequence[int], rates: Sequence[float], nested: bool, drive: str, error: str) -> None:
-    if not levels:
-        raise ValueError("model: has no Continuum Memory System level that could move; give it model.level_widths")
-    if len(periods) != levels or len(rates) != levels:
-        raise ValueError(f"got {len(periods)} periods and {len(rates)} rates, needs {levels}: one a level")
-    if not all(type(period) is int and period >= 1 for period in periods):
-        raise ValueError(f"periods: got {list(periods)}, needs whole numbers of at least 1")
-    if not all(0 <= rate < math.inf for rate in rates):
-        raise ValueError(f"rates: got {list(rates)}, needs finite numbers of at least 0")
-    if nested and any(slow % fast for fast, slow in zip(periods, periods[1:], strict=False)):
-        raise ValueError(f"periods: got {list(periods)}, nested levels need each to be a multiple of the one before")
-    for name, value, known in (("drive", drive, DRIVES), ("error", error, tuple(ERRORS))):
-        if value not in known:
-            raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(known)}")

@@ -6,10 +6,12 @@ For a recurrent model (HOPE) memory and time per token are constant; attention's
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nestling.models.continuum import Continuum
 from nestling.models.skeleton import LanguageModel
 
 #: Tokens of the prompt read at once.
@@ -17,7 +19,7 @@ PREFILL = 1024
 
 
 def generate(
-    model: LanguageModel,
+    model: LanguageModel | Continuum,
     prompt: Tensor,
     max_tokens: int,
     *,
@@ -48,7 +50,7 @@ def generate(
 
 
 def _tokens(
-    model: LanguageModel,
+    model: LanguageModel | Continuum,
     prompt: Tensor,
     max_tokens: int,
     generator: torch.Generator,
@@ -68,7 +70,7 @@ def _tokens(
 
 
 @torch.inference_mode()
-def _step(model: LanguageModel, tokens: Tensor, state: list | None) -> tuple[Tensor, list]:
+def _step(model: LanguageModel | Continuum, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     logits, state = model(tokens, state)
     return logits[0, -1].float().cpu(), state
 

@@ -214,6 +214,10 @@ def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
             training.warmup_steps,
             training.steps,
         )
+    if config.continuum.drive == "schedule" and (config.continuum.periods or config.continuum.rates):
+        log.warning(
+            "continuum.periods and rates are not used: continuum.drive=stream or meta would move levels by them"
+        )
     rules = {training.optimizer, *(level.optimizer for level in config.levels)}
     if training.adamw_learning_rate is not None and rules.isdisjoint(MATRIX_OPTIMIZERS):
         log.warning(

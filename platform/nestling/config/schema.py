@@ -16,7 +16,7 @@ from itertools import pairwise
 from typing import Literal
 
 from nestling.config.optimizers import Optimizer, OptimizersConfig
-from nestling.models.config import HopeAttentionConfig, HopeConfig, LevelsConfig, SkeletonConfig
+from nestling.models.config import ContinuumConfig, HopeAttentionConfig, HopeConfig, LevelsConfig, SkeletonConfig
 
 
 def _need(where: str, config: object, needs: str, holds: Callable[[float], bool], *names: str) -> None:
@@ -331,6 +331,8 @@ class JobConfig:
     model: SkeletonConfig = field(default_factory=HopeConfig)
     #: Levels, fastest first; parameters outside every level move at every step.
     levels: list[LevelConfig] = field(default_factory=list)
+    #: Whether the Continuum Memory System's levels also move inside a text, and how.
+    continuum: ContinuumConfig = field(default_factory=ContinuumConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     optimizers: OptimizersConfig = field(default_factory=OptimizersConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -347,6 +349,7 @@ class JobConfig:
         self._check_levels()
         self._check_batch()
         self._hand_over_levels()
+        self._check_continuum()
 
     def _check_levels(self) -> None:
         for place, level in enumerate(self.levels):
@@ -376,6 +379,30 @@ class JobConfig:
             self.model.level_widths = widths
         if isinstance(self.model, HopeAttentionConfig):
             self.model = replace(self.model, level_layers=layers)
+
+    def _check_continuum(self) -> None:
+        drive, training = self.continuum.drive, self.training
+        if drive == "schedule":
+            return
+        model = self.model if isinstance(self.model, LevelsConfig) else None
+        levels = [level for level in self.levels if model and (level.width is not None or level.layers)]
+        self.continuum.check(len(levels), model is not None and model.level_variant == "nested")
+        if training.zero_stage == 3:
+            raise ValueError(
+                f"training.zero_stage: got 3, which cuts up the weights that continuum.drive={drive} moves; "
+                "needs 0, 1 or 2"
+            )
+        if training.activation_checkpointing:
+            raise ValueError(
+                f"training.activation_checkpointing: got true, but with continuum.drive={drive} the weights that made "
+                "an activation are gone when it would be computed again; needs false"
+            )
+        rules = {training.optimizer, *(level.optimizer for level in self.levels)}
+        if drive == "meta" and "delta_gradient_descent" in rules:
+            raise ValueError(
+                "delta_gradient_descent: needs layers whose weights stay while a text is read, and "
+                "continuum.drive=meta moves them; choose another optimizer, or continuum.drive=schedule or stream"
+            )
 
     def _check_batch(self) -> None:
         training, length = self.training, self.data.sequence_length

@@ -1,9 +1,10 @@
 """Held-out loss, loss by position, and three questions to the memory.
 
 A HOPE can train well and never use its memory. So every evaluation also measures the loss with the memories' writes
-switched off, and what a passage costs when it is read a second time, beside the same passage after another one. Work is
-cut over the ranks in equal batches, because ZeRO-3 wants every rank to make the same calls; all ranks return the same.
-Of a mix, each part is read in proportion to its weight.
+switched off, and what a passage costs when it is read a second time, beside the same passage after another one. Where
+levels move while the model reads, it measures what the same text costs when they stay. Work is cut over the ranks in
+equal batches, because ZeRO-3 wants every rank to make the same calls; all ranks return the same. Of a mix, each part is
+read in proportion to its weight.
 """
 
 from __future__ import annotations
@@ -22,16 +23,19 @@ from torch import Tensor
 from nestling.config import JobConfig
 from nestling.data import Corpus, Part
 from nestling.data.corpus import bits_per_byte
+from nestling.models.continuum import Continuum
 from nestling.models.hope import mixers
 from nestling.models.skeleton import LanguageModel
 
+#: A model as `nestling.models.continuum.reading` gives it.
+Reader = LanguageModel | Continuum
 #: Sequences per forward pass.
 BATCH = 8
 #: Stretches of the sequence for which the loss is given.
 POSITIONS = 8
 #: Passages that are read twice, and their length in tokens (at most half a sequence).
 PASSAGES, PASSAGE = 64, 128
-#: Share of the evaluation's tokens on which the writes-off control runs.
+#: Share of the evaluation's tokens on which the controls run: writes off, levels still.
 CONTROL_TOKENS = 65536
 
 
@@ -50,6 +54,9 @@ class Report:
     control_tokens: int | None
     writes_on_bits_per_byte: float | None
     writes_off_bits_per_byte: float | None
+    #: On the same tokens, where levels move while the model reads (`continuum.drive`): so, and with levels that stay.
+    levels_moving_bits_per_byte: float | None
+    levels_still_bits_per_byte: float | None
     #: Passages read a second time, and the same passages after a different one.
     second_copy_bits_per_byte: float | None
     after_another_bits_per_byte: float | None
@@ -72,6 +79,8 @@ class Report:
             "heldout/unigram_bits_per_byte": self.unigram_bits_per_byte,
             "memory/writes_on_bits_per_byte": self.writes_on_bits_per_byte,
             "memory/writes_off_bits_per_byte": self.writes_off_bits_per_byte,
+            "memory/levels_moving_bits_per_byte": self.levels_moving_bits_per_byte,
+            "memory/levels_still_bits_per_byte": self.levels_still_bits_per_byte,
             "memory/second_copy_bits_per_byte": self.second_copy_bits_per_byte,
             "memory/after_another_bits_per_byte": self.after_another_bits_per_byte,
         }
@@ -83,7 +92,7 @@ class Report:
 
 
 def heldout_report(
-    model: LanguageModel, corpus: Corpus, config: JobConfig, tokens: int, rank: int = 0, world: int = 1
+    model: Reader, corpus: Corpus, config: JobConfig, tokens: int, rank: int = 0, world: int = 1
 ) -> Report:
     """Evaluate on up to `tokens` held-out tokens; every rank must call it with its rank and the number of ranks."""
     was_training = model.training
@@ -101,9 +110,10 @@ class _Measured:
     part: Part
     #: Of every token: (rows, tokens of a row).
     losses: Tensor
-    #: Numbers of the rows of the writes-off control, and the mean over them with the writes switched off.
+    #: Numbers of the controls' rows, and the mean over them with the writes switched off and with the levels still.
     control: np.ndarray
     writes_off: float | None
+    levels_still: float | None
     #: Passages after themselves, and after another passage.
     copies: tuple[float, float] | None
     #: (eta, alpha) of each self-modifying layer.
@@ -114,19 +124,21 @@ class _Measured:
         return self.losses.mean().item()
 
     @property
-    def writes_on(self) -> float:
+    def uncontrolled(self) -> float:
+        """The mean over the controls' rows with everything on."""
         return self.losses[self.control].mean().item()
 
     def by_position(self, stretches: int) -> list[float]:
         return [stretch.mean().item() for stretch in self.losses.mean(0).tensor_split(stretches)]
 
 
-def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank: int, world: int) -> Report:
+def _report(model: Reader, corpus: Corpus, length: int, tokens: int, rank: int, world: int) -> Report:
     measured = [_measure(model, part, length, tokens, rank, world) for part in corpus.parts]
     weights = [each.part.weight for each in measured]
     stretches = min(POSITIONS, *(each.losses.shape[1] for each in measured))
     places = zip(*(each.by_position(stretches) for each in measured), strict=True)
     writing = measured if measured[0].gates else []
+    moving = measured if measured[0].levels_still is not None else []
     copying = [each for each in measured if each.copies]
     gates = np.average([each.gates for each in measured], axis=0, weights=weights)
     return Report(
@@ -135,9 +147,11 @@ def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank
         unigram_bits_per_byte=corpus.unigram_bits_per_byte(),
         tokens=sum(each.losses.numel() for each in measured),
         bits_per_byte_by_position=[corpus.bits_per_byte(nats) for nats in places],
-        control_tokens=sum(each.losses[each.control].numel() for each in writing) or None,
-        writes_on_bits_per_byte=_bits(writing, [each.writes_on for each in writing]),
+        control_tokens=sum(each.losses[each.control].numel() for each in writing or moving) or None,
+        writes_on_bits_per_byte=_bits(writing, [each.uncontrolled for each in writing]),
         writes_off_bits_per_byte=_bits(writing, [each.writes_off for each in writing]),
+        levels_moving_bits_per_byte=_bits(moving, [each.uncontrolled for each in moving]),
+        levels_still_bits_per_byte=_bits(moving, [each.levels_still for each in moving]),
         second_copy_bits_per_byte=_bits(copying, [each.copies[0] for each in copying if each.copies]),
         after_another_bits_per_byte=_bits(copying, [each.copies[1] for each in copying if each.copies]),
         eta=[float(eta) for eta, _ in gates],
@@ -146,7 +160,7 @@ def _report(model: LanguageModel, corpus: Corpus, length: int, tokens: int, rank
     )
 
 
-def _measure(model: LanguageModel, part: Part, length: int, tokens: int, rank: int, world: int) -> _Measured:
+def _measure(model: Reader, part: Part, length: int, tokens: int, rank: int, world: int) -> _Measured:
     """Read the part's share of the tokens, and what the memories do on them."""
     heldout = part.heldout.tokens
     length = min(length, len(heldout) - 1)
@@ -154,12 +168,14 @@ def _measure(model: LanguageModel, part: Part, length: int, tokens: int, rank: i
     losses = _losses(model, rows, rank, world)
     gates = _gates(model, rows[:BATCH])
     control = _spread(len(rows), round(CONTROL_TOKENS * part.weight) // length)
-    writes_off = None
+    writes_off = levels_still = None
     if gates:
         with _writes_off(model):
             writes_off = _losses(model, rows[control], rank, world).mean().item()
+    if isinstance(model, Continuum):
+        levels_still = _losses(model.model, rows[control], rank, world).mean().item()
     copies = _copies(model, heldout, length, round(PASSAGES * part.weight), rank, world)
-    return _Measured(part, losses, control, writes_off, copies, gates)
+    return _Measured(part, losses, control, writes_off, levels_still, copies, gates)
 
 
 def _bits(measured: list[_Measured], nats: list[Any]) -> float | None:
@@ -189,7 +205,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
     return np.arange(chosen) * count // chosen
 
 
-def _losses(model: LanguageModel, rows: np.ndarray, rank: int, world: int) -> Tensor:
+def _losses(model: Reader, rows: np.ndarray, rank: int, world: int) -> Tensor:
     """Nats of every token (rows, T) float64 on the CPU; batches go round the ranks, the last round filled up."""
     device = next(model.parameters()).device
     batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
@@ -207,7 +223,7 @@ def _losses(model: LanguageModel, rows: np.ndarray, rank: int, world: int) -> Te
 
 
 def _copies(
-    model: LanguageModel, tokens: np.ndarray, length: int, wanted: int, rank: int, world: int
+    model: Reader, tokens: np.ndarray, length: int, wanted: int, rank: int, world: int
 ) -> tuple[float, float] | None:
     """Mean nats of passages after themselves and after another passage; None for fewer than two passages."""
     size = min(PASSAGE, length // 2)
@@ -224,7 +240,7 @@ def _copies(
 
 
 @contextmanager
-def _writes_off(model: LanguageModel) -> Iterator[None]:
+def _writes_off(model: Reader) -> Iterator[None]:
     layers = mixers(model)
     for layer in layers:
         layer.writes = False
@@ -235,7 +251,7 @@ def _writes_off(model: LanguageModel) -> Iterator[None]:
             layer.writes = True
 
 
-def _gates(model: LanguageModel, rows: np.ndarray) -> list[tuple[float, float]]:
+def _gates(model: Reader, rows: np.ndarray) -> list[tuple[float, float]]:
     """(mean eta, mean alpha) of each self-modifying layer over these rows; every rank reads the same ones."""
     layers = mixers(model)
     for layer in layers:

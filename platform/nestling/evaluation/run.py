@@ -11,20 +11,27 @@ import torch
 from nestling.checkpoint import load_final
 from nestling.data import prepare
 from nestling.evaluation.heldout import heldout_report
+from nestling.models.config import ContinuumConfig
+from nestling.models.continuum import reading
 from nestling.tracking import RunFolder
 
 
 def evaluate(
-    folder: RunFolder, source: str | None = None, tokens: int | None = None, column: str | None = None
+    folder: RunFolder,
+    source: str | None = None,
+    tokens: int | None = None,
+    column: str | None = None,
+    continuum: ContinuumConfig | None = None,
 ) -> dict[str, Any]:
     """Figures of `Report` and the run's id, on this machine and without Ray unless a new source must be read.
 
     Args:
         folder: a finished run.
         source: as `data.source`; None: the source or the mix that the run was trained on.
-        tokens: held-out tokens at most; None: the job's `evaluation.final_tokens`. With neither argument it is the
-            evaluation of the run's end, and its figures replace `evaluation.json`.
+        tokens: held-out tokens at most; None: the job's `evaluation.final_tokens`. With none of these arguments
+            it is the evaluation of the run's end, and its figures replace `evaluation.json`.
         column: as `data.column`, for a `source`; None: that of the run.
+        continuum: how levels move while the text is read; None: as in the run's job.
 
     Raises:
         CheckpointError, DataError: what is missing, and how to fix it.
@@ -36,9 +43,11 @@ def evaluate(
     data = replace(data, tokenizer=str(folder.tokenizer))
     torch.set_num_threads(1)
     corpus = prepare(data, folder.path.parent / "cache")
-    report = heldout_report(model, corpus, config, tokens or config.evaluation.final_tokens)
+    report = heldout_report(
+        reading(model, continuum or config.continuum), corpus, config, tokens or config.evaluation.final_tokens
+    )
     read = data.source if data.mix is None else ", ".join(part.source for part in data.mix)
     figures = {"run_id": folder.run_id, "source": read, **report.as_dict()}
-    if source is None and tokens is None:
+    if source is None and tokens is None and continuum is None:
         folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n")
     return figures

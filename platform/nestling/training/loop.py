@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from nestling.config import JobConfig
 from nestling.data import IGNORED, Corpus, Feed
 from nestling.models import HopeConfig, build
+from nestling.models.continuum import reading
 from nestling.models.hope import set_chunk_size
 from nestling.training.engine import levels_of, make_engine, optimizer_step, set_rate
 from nestling.training.groups import parameter_groups
@@ -65,7 +66,10 @@ class Training:
         self.model = build(config.model).to(device)
         self.model.activation_checkpointing = config.training.activation_checkpointing
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
-        self.engine = make_engine(self.model, parameter_groups(self.model, config), config, world)
+        #: The model as evaluations read with it, and, if the outer gradient passes through the moves, as it is trained.
+        self.reader = reading(self.model, config.continuum)
+        trained = self.reader if config.continuum.drive == "meta" else self.model
+        self.engine = make_engine(trained, parameter_groups(self.model, config), config, world)
         self.levels = levels_of(self.engine)
         self.guard = Guard(config.training.spike_sigmas)
         self.done = self.passed_over = 0

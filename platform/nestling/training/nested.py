@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nestling.config import JobConfig
 from nestling.models import build
 from nestling.models.component import GRADIENTS, TOKENS, Component
+from nestling.models.continuum import Continuum, reading
 from nestling.models.skeleton import LanguageModel
 from nestling.optim import Levels, watch_inputs
 from nestling.optim.components import rule_name
@@ -52,8 +53,9 @@ def nested_view(config: JobConfig) -> list[Row]:
         model = build(config.model)
         watch_inputs(model)
         optimizer = Levels(parameter_groups(model, config), lr=config.training.learning_rate)
-        parts = [(part, length, "sequence") for part in model.components(length)]
-        parts += [(part, tokens, "batch") for part in _trained(model, optimizer, tokens, _shown(config))]
+        reader, shown = reading(model, config.continuum), _shown(config)
+        parts = [(part, length, "sequence") for part in _in_context(reader, config, shown)]
+        parts += [(part, tokens, "batch") for part in _trained(reader, optimizer, tokens, shown)]
     parts.sort(key=lambda entry: (*_speed(entry[0]), -entry[0].parameters))
     speeds = sorted({_speed(part) for part, _, _ in parts})
     return [Row(speeds.index(_speed(part)) + 1, part, part.updates_per_token * unit, per) for part, unit, per in parts]
@@ -63,6 +65,15 @@ def _shown(config: JobConfig) -> dict[str, str]:
     """What the levels of a job are called here, where "level" is a place in the order of frequencies."""
     kinds = {level.name: "group" if level.parameters else "CMS" for level in config.levels}
     return {"base": "rest"} | {str(name): f"{kind} {name}" for name, kind in kinds.items()}
+
+
+def _in_context(reader: LanguageModel | Continuum, config: JobConfig, shown: dict[str, str]) -> list[Component]:
+    """What learns while the model reads a sequence."""
+    length = config.data.sequence_length
+    if not isinstance(reader, Continuum):
+        return reader.components(length)
+    names = [str(level.name) for level in config.levels if level.width is not None or level.layers]
+    return reader.components(length, [f"{shown[name]} in context" for name in names])
 
 
 def _speed(part: Component) -> tuple[float, bool]:
@@ -79,7 +90,9 @@ class _Trained:
     moving: float = 0.0
 
 
-def _trained(model: LanguageModel, optimizer: Levels, tokens: int, shown: dict[str, str]) -> Iterator[Component]:
+def _trained(
+    model: LanguageModel | Continuum, optimizer: Levels, tokens: int, shown: dict[str, str]
+) -> Iterator[Component]:
     """Weights by level, role and rule, and what each level's rules keep of gradients; levels are named as `shown`."""
     weights: dict[tuple[str, str, str], _Trained] = {}
     memories: dict[tuple[str, str, str], tuple[dict[str, Any], list[Tensor]]] = {}

@@ -125,7 +125,7 @@ class Worker:
 
     def _evaluate(self, tokens: int) -> Report:
         training = self.training
-        return heldout_report(training.model, training.corpus, training.config, tokens, training.rank, training.world)
+        return heldout_report(training.reader, training.corpus, training.config, tokens, training.rank, training.world)
 
     def _go_back(self) -> str:
         """Go on from the last good checkpoint, past the batches since; returns why not if that is not to be."""

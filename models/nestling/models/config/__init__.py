@@ -5,6 +5,7 @@ A configuration is checked when it is made: what is wrong, what is needed and ho
 """
 
 from nestling.models.config.attention import AttentionConfig, HopeAttentionConfig, TransformerConfig
+from nestling.models.config.continuum import ContinuumConfig
 from nestling.models.config.hope import HopeConfig
 from nestling.models.config.levels import LevelsConfig
 from nestling.models.config.recurrent import (
@@ -20,6 +21,7 @@ from nestling.models.config.titans import TitansConfig
 __all__ = [
     "MODEL_CONFIGS",
     "AttentionConfig",
+    "ContinuumConfig",
     "DeltaNetConfig",
     "GatedDeltaNetConfig",
     "HopeAttentionConfig",
