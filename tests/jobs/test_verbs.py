@@ -208,6 +208,9 @@ def test_evaluation_in_words() -> None:
     lines = report(figures)
     assert lines["memory"].endswith("3.000 with them switched off (+0.500), over 1,024 tokens")
     assert lines["recall"] == "not measured: the held-out text is too short for two passages"
+    assert "levels" not in lines
+    figures |= {"levels_moving_bits_per_byte": 2.5, "levels_still_bits_per_byte": 2.75}
+    assert report(figures)["levels"].endswith("2.750 with levels that stay (+0.250), over 1,024 tokens")
 
 
 def test_evaluate_names_a_missing_source(run: RunFolder, tmp_path: Path) -> None:

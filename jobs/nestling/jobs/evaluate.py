@@ -79,7 +79,7 @@ def report(figures: dict[str, Any]) -> dict[str, str]:
         )
         gates = ((", ".join(f"{value:.3f}" for value in figures[name])) for name in ("eta", "alpha"))
         lines["gates"] = "mean eta {}; mean alpha {} (layer by layer)".format(*gates)
-    if figures["levels_still_bits_per_byte"] is not None:
+    if figures.get("levels_still_bits_per_byte") is not None:
         moving, still = figures["levels_moving_bits_per_byte"], figures["levels_still_bits_per_byte"]
         lines["levels"] = (
             f"{moving:.3f} with levels that move while they read, {still:.3f} with levels that stay "

@@ -12,7 +12,10 @@ COLUMNS = 3
 
 
 def bars(rows: Sequence[dict[str, Any]], path: str) -> None:
-    """Draw a panel for each task and unit, models below each other; diamonds: the paper; dashes: chance."""
+    """Draw a panel for each task and unit, models below each other.
+
+    Whiskers go from the lowest seed to the highest; diamonds are the paper's numbers, dashes chance.
+    """
     panels: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         panels.setdefault((row["task"], row["unit"]), []).append(row)
@@ -83,7 +86,8 @@ def _panel(panel: Any, rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -
             y += (present.index(row["metric"]) + 0.5) * height - 0.4
         if row["ours"] is not None:
             colour = COLOURS[metrics.index(row["metric"]) % len(COLOURS)]
-            panel.barh(y, row["ours"], 0.9 * thick, color=colour, xerr=row["spread"], ecolor=INK, label=row["metric"])
+            seeds = [[row["ours"] - row["lowest"]], [row["highest"] - row["ours"]]] if row["spread"] else None
+            panel.barh(y, row["ours"], 0.9 * thick, color=colour, xerr=seeds, ecolor=INK, label=row["metric"])
         if row["paper"] is not None:
             panel.scatter(
                 row["paper"], y, marker="D", s=22, color="white", edgecolor=INK, zorder=3, clip_on=False, label="paper"

@@ -69,12 +69,19 @@ HEADINGS = {
 
 def cells(row: Mapping[str, Any]) -> dict[str, str]:
     """A row as a person reads it, by the keys of `HEADINGS`."""
-    spread = "" if row["spread"] is None else f" ± {number(row['spread'])}"
-    ours = f"{number(row['ours'])}{spread}" if row["ours"] is not None else row["why"]
+    ours = with_spread(row["ours"], row["spread"]) if row["ours"] is not None else row["why"]
     model = f"{row['model']} ({row['candidate']})" if row["candidate"] else row["model"]
     counts = {key: "" if row[key] is None else f"{row[key]:,}" for key in ("seeds", "tokens", "parameters")}
     given = {key: "" if row[key] is None else number(row[key]) for key in ("paper", "chance")}
     return {"task": row["task"], "model": model, "metric": row["metric"], "ours": ours, **given, **counts}
+
+
+def with_spread(value: float, spread: float | None) -> str:
+    """Value ± spread, both to the second digit of the spread; without one, the value as `number` has it."""
+    if not spread:
+        return number(value) if spread is None else f"{number(value)} ± 0"
+    decimals = min(max(1 - math.floor(math.log10(spread)), 0), 4)
+    return f"{value:.{decimals}f} ± {spread:.{decimals}f}"
 
 
 def number(value: float) -> str:
@@ -93,7 +100,8 @@ def markdown(experiment: Experiment, made: Sequence[Row], command: str, setting:
         "|---" * len(HEADINGS) + "|",
         *(f"| {' | '.join(cells(row)[key] for key in HEADINGS)} |" for row in made),
         "",
-        "Ours: mean over the seeds ± standard deviation. Chance: what guessing scores.",
+        "Ours: mean over the seeds ± standard deviation; in the picture, from the lowest seed to the highest. "
+        "Chance: what guessing scores.",
         "",
         f"![{experiment.title}](reproduce-{experiment.name}.png)",
     ]
