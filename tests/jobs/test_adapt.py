@@ -118,7 +118,15 @@ def test_an_adapted_run_is_a_run(runs: Path, base: Path) -> None:
     assert Path(info["checkpoint"]).name == "step-00000000"
     listed = {each["run_id"]: each for each in result("runs")["runs"]}
     assert listed[run.run_id]["status"] == "finished" and listed[run.run_id]["steps"] == 0
-    assert result("generate", "mine", "--prompt", "x", "--max-tokens", 3)["tokens"] <= 3
+
+    def sampled(*rates: float) -> str:
+        stream = ("continuum.drive=stream", "continuum.periods=[4, 8, 16]", f"continuum.rates={list(rates)}")
+        reading = ("generate", "mine", "--prompt", "text to learn from while it is read", "--max-tokens", 12)
+        found = result(*reading, *(stream if rates else ()))
+        assert found["tokens"] <= 12
+        return found["text"]
+
+    assert sampled() == sampled(0, 0, 0) != sampled(10, 10, 10)
 
     from mlflow import MlflowClient
 

@@ -18,8 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nestling.config import JobConfig
-from nestling.config.schema import DataConfig, TrainingConfig
+from nestling.config import DataConfig, JobConfig, TrainingConfig
 from nestling.data import Corpus, Counts, Part, Tokenizer, Tokens
 from nestling.evaluation import Report, heldout, heldout_report
 from nestling.models import HopeConfig, build

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from nestling.config.schema import JobConfig, LevelConfig, MixConfig
+from nestling.config.data import MixConfig
+from nestling.config.schema import JobConfig, LevelConfig
 from nestling.models.config import MODEL_CONFIGS, SkeletonConfig
 
 _WORDS = {

@@ -7,31 +7,16 @@ nearest value that works. Choices are `Literal` types: the loader refuses anythi
 
 from __future__ import annotations
 
-import math
 import os
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
 
+from nestling.config.checks import need, need_different, need_name, positive, whole
+from nestling.config.data import DataConfig
 from nestling.config.optimizers import Optimizer, OptimizersConfig
+from nestling.config.training import CheckpointConfig, EvaluationConfig, TrainingConfig
 from nestling.models.config import ContinuumConfig, HopeAttentionConfig, HopeConfig, LevelsConfig, SkeletonConfig
-
-
-def _need(where: str, config: object, needs: str, holds: Callable[[float], bool], *names: str) -> None:
-    """Checks the named fields of a section; None stands for "filled in later" and passes."""
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not holds(value):
-            raise ValueError(f"{where}.{name}: got {value}, needs {needs}")
-
-
-def _need_name(where: str, value: str) -> None:
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
-        raise ValueError(
-            f"{where}: got {value!r}, needs letters, digits, '_', '-' and '.' only, and a letter or digit first"
-        )
 
 
 def _need_nesting(levels: list[LevelConfig]) -> None:
@@ -61,31 +46,6 @@ def _need_layers(levels: list[LevelConfig], count: int) -> None:
             taken[layer] = place
 
 
-def _need_different(where: str, what: str, names: list[str | None]) -> None:
-    for place, name in enumerate(names):
-        if name in names[:place]:
-            raise ValueError(
-                f"{where}.{place}.name: {name!r} is the name of {where}.{names.index(name)} too; "
-                f"give each {what} a name of its own"
-            )
-
-
-def _whole(value: float) -> bool:
-    return value >= 1
-
-
-def _positive(value: float) -> bool:
-    return 0 < value < math.inf
-
-
-def _not_negative(value: float) -> bool:
-    return 0 <= value < math.inf
-
-
-def _fraction(value: float) -> bool:
-    return 0 <= value <= 1
-
-
 @dataclass
 class RunConfig:
     """Name and place of a run."""
@@ -96,7 +56,7 @@ class RunConfig:
     dir: str = field(default_factory=lambda: os.environ.get("NESTLING_RUNS") or "runs")
 
     def __post_init__(self) -> None:
-        _need_name("run.name", self.name)
+        need_name("run.name", self.name)
         if self.name == "latest":
             raise ValueError("run.name: 'latest' stands for the newest run; choose another name")
         if not self.dir.strip():
@@ -111,71 +71,6 @@ class TrackingConfig:
     uri: str | None = None
     #: MLflow experiment.
     experiment: str = "nestling"
-
-
-@dataclass
-class MixConfig:
-    """One source of a mix."""
-
-    #: As `data.source`.
-    source: str
-    #: Its share of the training sequences and of the evaluation, relative to the other weights.
-    weight: float = 1.0
-    #: Column of JSONL and Parquet files that holds the text; None: data.column.
-    column: str | None = None
-    #: Name in metrics and messages; None: made from the source.
-    name: str | None = None
-
-    def check(self, where: str) -> None:
-        """Raises ValueError if the source at `where` (such as "data.mix.0") cannot be mixed in; fills in its name."""
-        _need(where, self, "a finite value above 0", _positive, "weight")
-        if self.name is None:
-            self.name = _name_of(self.source)
-        _need_name(f"{where}.name", self.name)
-
-
-def _name_of(source: str) -> str:
-    """The last word of a source: `english` of embedded:english, `wiki` of /texts/wiki.jsonl.gz and of wiki/*.txt."""
-    words = re.split(r"[:/]+", re.sub(r"\?.*=.*", "", source))
-    plain = [word for word in words if word and not re.search(r"[*?\[]", word)]
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", plain[-1].split(".")[0] if plain else "").strip("-_")
-    return name or "text"
-
-
-@dataclass
-class DataConfig:
-    """What the model reads."""
-
-    #: `embedded:<domain>` (text that comes with Python), or text, JSONL and Parquet files by path, folder, glob or URI.
-    source: str = "embedded:english"
-    #: Column of JSONL and Parquet files that holds the text.
-    column: str = "text"
-    #: Several sources by weight, in the place of `source`.
-    mix: list[MixConfig] | None = None
-    #: Tokens of one training sequence.
-    sequence_length: int = 256
-    #: `bytes`, or the path of a `tokenizer.json`.
-    tokenizer: str = "bytes"
-    #: Token that separates documents; None: the tokenizer's end-of-text token.
-    separator: str | None = None
-    #: Share of the documents held out from training, in per cent.
-    heldout_percent: float = 10.0
-
-    def __post_init__(self) -> None:
-        _need("data", self, "at least 1", _whole, "sequence_length")
-        _need("data", self, "a value above 0 and below 100", lambda value: 0 < value < 100, "heldout_percent")
-        if self.mix is not None:
-            self._check_mix(self.mix)
-
-    def _check_mix(self, mix: list[MixConfig]) -> None:
-        if not mix:
-            raise ValueError(
-                "data.mix: got an empty list, needs at least one source, for example [{source: embedded:english}]; "
-                "or leave it out and set data.source"
-            )
-        for place, part in enumerate(mix):
-            part.check(f"data.mix.{place}")
-        _need_different("data.mix", "source", [part.name for part in mix])
 
 
 @dataclass
@@ -201,10 +96,10 @@ class LevelConfig:
 
     def check(self, where: str) -> None:
         """Raises ValueError if the level at `where` (such as "levels.0") cannot be built."""
-        _need(where, self, "at least 1", _whole, "width", "period")
-        _need(where, self, "a finite value above 0", _positive, "learning_rate")
+        need(where, self, "at least 1", whole, "width", "period")
+        need(where, self, "a finite value above 0", positive, "learning_rate")
         if self.name is not None:
-            _need_name(f"{where}.name", self.name)
+            need_name(f"{where}.name", self.name)
         given = [name for name in ("width", "layers", "parameters") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(
@@ -212,110 +107,6 @@ class LevelConfig:
                 "`width: 192` for a level of the Continuum Memory System, `layers: [0, 1]` for whole layers' MLPs, or "
                 '`parameters: ["blocks.*"]` for a level of other parameters'
             )
-
-
-@dataclass
-class TrainingConfig:
-    """The training loop: how long, on what, with which optimizer settings."""
-
-    #: Optimizer steps.
-    steps: int = 1000
-    #: Tokens of one optimizer step, over all workers.
-    batch_tokens: int = 4096
-    #: Sequences that a worker runs at once, the rest by gradient accumulation; None: all of its share.
-    micro_batch: int | None = None
-    #: Ray Train workers.
-    workers: int = 1
-    #: Where workers run; auto: a GPU for each worker if there is one.
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    #: DeepSpeed ZeRO stage, 0 to 3: what is sharded over the workers.
-    zero_stage: int = 0
-    #: Optimizer of the parameters outside every level; `optimizers` holds the settings.
-    optimizer: Optimizer = "adamw"
-    #: Peak learning rate.
-    learning_rate: float = 3e-3
-    #: Peak learning rate of the embedding, the head and the vectors where m3 or muon moves the matrices: they move by
-    #: AdamW. None: the level's own.
-    adamw_learning_rate: float | None = None
-    #: Decoupled weight decay.
-    weight_decay: float = 0.1
-    #: AdamW's averaging factors of the gradient and of its square.
-    betas: tuple[float, float] = (0.9, 0.98)
-    #: Largest norm of the gradient; 0: no clipping.
-    clip: float = 1.0
-    #: Learning rate after the warm-up: cosine, linear, or wsd (constant, then a linear decay of `decay_steps`).
-    schedule: Literal["cosine", "wsd", "linear"] = "cosine"
-    #: Steps of the linear warm-up.
-    warmup_steps: int = 20
-    #: Steps of the decay of wsd; None: a fifth of `steps`.
-    decay_steps: int | None = None
-    #: Learning rate at the end, as a fraction of the peak.
-    final_learning_rate: float = 0.1
-    #: Arithmetic of the forward and backward passes; states, gates and master weights stay in float32.
-    precision: Literal["float32", "bfloat16"] = "float32"
-    #: Recompute a block's activations in the backward pass to save memory.
-    activation_checkpointing: bool = False
-    #: Steps from one logged record to the next.
-    log_every: int = 1
-    #: Steps from one held-out evaluation to the next; 0: only at the end.
-    evaluate_every: int = 200
-    #: Steps from one checkpoint to the next; 0: only at the end, and when the run is interrupted.
-    checkpoint_every: int = 200
-    #: Failures of workers after which training goes on from the last checkpoint before it gives up.
-    max_failures: int = 3
-    #: A loss or gradient norm so many standard deviations above those of the last 128 steps is a spike: like one that
-    #: is not finite, it is not trained on. 0: no step is skipped as a spike. (A gradient norm also has to be ten times
-    #: the usual one; what is less is left to `clip`.)
-    spike_sigmas: float = 6.0
-    #: Steps skipped in a row after which `on_divergence` is done.
-    max_skipped: int = 5
-    #: rollback: go on from the last checkpoint, past the batches since; stop: end the run with a report.
-    on_divergence: Literal["rollback", "stop"] = "rollback"
-
-    def __post_init__(self) -> None:
-        sizes = ("steps", "batch_tokens", "micro_batch", "workers", "log_every", "max_skipped")
-        _need("training", self, "at least 1", _whole, *sizes)
-        _need("training", self, "at least 1 (or null)", _whole, "decay_steps")
-        counts = ("warmup_steps", "evaluate_every", "checkpoint_every", "max_failures")
-        _need("training", self, "at least 0", lambda value: value >= 0, *counts)
-        _need("training", self, "0, 1, 2 or 3", lambda value: 0 <= value <= 3, "zero_stage")
-        _need("training", self, "a finite value above 0", _positive, "learning_rate", "adamw_learning_rate")
-        _need("training", self, "a finite value of at least 0", _not_negative, "weight_decay", "clip", "spike_sigmas")
-        _need("training", self, "a fraction from 0 to 1", _fraction, "final_learning_rate")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"training.betas: got {list(self.betas)}, needs two values from 0 to below 1")
-
-
-@dataclass
-class CheckpointConfig:
-    """Where checkpoints are written and which of them are kept."""
-
-    #: Folder, or URI of a file system that pyarrow knows (`s3://bucket/prefix`): a folder for each run is made in it.
-    #: None: `checkpoints` in the run's folder.
-    dir: str | None = None
-    #: Newest checkpoints that are kept.
-    keep: int = 2
-    #: Checkpoints with the lowest held-out loss that are kept beside them; only steps with an evaluation take part.
-    keep_best: int = 1
-
-    def __post_init__(self) -> None:
-        _need("checkpoint", self, "at least 1", _whole, "keep")
-        _need("checkpoint", self, "at least 0", lambda value: value >= 0, "keep_best")
-        if self.dir is not None and not self.dir.strip():
-            raise ValueError("checkpoint.dir: got an empty text, needs a folder or a URI such as s3://bucket/runs")
-
-
-@dataclass
-class EvaluationConfig:
-    """How much held-out text an evaluation reads."""
-
-    #: Tokens of an evaluation during training.
-    tokens: int = 16384
-    #: Most tokens of the evaluation at the end.
-    final_tokens: int = 262144
-
-    def __post_init__(self) -> None:
-        _need("evaluation", self, "at least 1", _whole, "tokens", "final_tokens")
 
 
 @dataclass
@@ -355,7 +146,7 @@ class JobConfig:
         for place, level in enumerate(self.levels):
             level.check(f"levels.{place}")
             level.name = level.name or f"level{place + 1}"
-        _need_different("levels", "level", [level.name for level in self.levels])
+        need_different("levels", "level", [level.name for level in self.levels])
         if isinstance(self.model, LevelsConfig) and self.model.level_variant == "nested":
             _need_nesting([level for level in self.levels if level.width is not None])
 
