@@ -92,6 +92,12 @@ class FormalLanguage(Task):
     def sample(self, count: int, generator: torch.Generator) -> Examples:
         return self._encoded(self._rule.strings(count, WINDOWS["bin0"], drawn(generator), self._rule.repeats))
 
+    def validation(self, generator: torch.Generator, count: int = 128) -> Examples:
+        """Strings of both windows, half and half, so that what is chosen by them extrapolates if anything does."""
+        rng = drawn(generator)
+        windows = [self._rule.strings(count // 2, window, rng, repeats=True) for window in WINDOWS.values()]
+        return self._encoded(sum(windows, []))
+
     def tests(self, seed: int) -> dict[str, Examples]:
         rng = drawn(generator(seed))
         return {

@@ -64,7 +64,7 @@ CHANGES: dict[str, tuple[Model, dict[str, Any]]] = {
 }
 #: The paper's data: 10,000 strings.
 RECIPE: dict[str, Any] = {"batch": 16, "examples": 10_000, "learning_rate": 5e-3, **_decay(0.1)}
-#: Baselines: as many strings as HOPE ever gets, and the learning rate that is best on strings of the trained lengths.
+#: Baselines: as many strings as HOPE ever gets, and the learning rate that is best on the validation strings.
 STEPS, RATES = 1000, (1e-3, 3e-3, 1e-2)
 EPOCHS = 300
 
@@ -84,7 +84,7 @@ def experiment(full: bool) -> Experiment:
         notes=(
             "Strings of which every position is right, in percent: bin0 is as long as in training, bin1 up to twice as "
             "long. Baselines have as many parameters as HOPE, and see as many strings as HOPE sees of parity.",
-            "The learning rate of a baseline (in brackets) is the best of three on strings of the trained lengths, by "
+            "The learning rate of a baseline (in brackets) is the best of three on validation strings of both bins, by "
             "the first seed. HOPE has a recipe for each language, chosen with these seeds on both bins.",
             "On the first three HOPE's main memory, eta and alpha modify themselves every 16 tokens and the key and "
             "value memories are static: where these do too, keys drift, and longer strings are lost. On the last three "
