@@ -74,6 +74,15 @@ def test_strings_are_in_their_window_and_of_the_language(language: str) -> None:
         assert {labels[-1] for _, labels in texts(language, examples)} == {ends[language]}, "whole words only"
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_validation_has_strings_of_both_windows(language: str) -> None:
+    task, size = FormalLanguage(language), {"a^n b^n": 2, "a^n b^n c^n": 3}.get(language, 1)
+    validation = task.validation(generator(0), 40)
+    sizes = [len(text) // size for text, _ in texts(language, validation)]
+    assert len(sizes) == 40 and max(sizes[:20]) <= WINDOWS["bin0"][1] < WINDOWS["bin1"][0] <= min(sizes[20:])
+    assert all(labels[-1] == expected(language, text) for text, labels in texts(language, validation))
+
+
 def test_parity_strings_are_as_long_as_the_generator_makes_them() -> None:
     """Symbols come with equal odds; a string of 2 to 50 goes on with probability 26 / 27."""
     strings = [text for text, _ in texts("parity", FormalLanguage("parity").sample(4000, generator(3)))]
