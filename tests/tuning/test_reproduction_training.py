@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -72,6 +72,16 @@ def test_stages_come_before_the_task() -> None:
     first, then = Copy(shift=1, seen=seen), Copy(seen=seen)
     Training(then, TRANSFORMER, Recipe(steps=7, batch=4), stages=((3, first),))(0)
     assert seen == [(0, 128), *[(1, 4)] * 3, *[(0, 4)] * 4, (0, 20)]
+
+
+def test_a_stage_that_is_learnt_is_left_early() -> None:
+    recipe = Recipe(steps=800, batch=16, learning_rate=1e-2, check_every=20, enough=1.0)
+    outcome = Training(Copy(), TRANSFORMER, recipe, stages=((400, Copy(shift=1)),))(0)
+    steps, last = outcome.details["steps"], outcome.details["losses"][-1][0]
+    assert outcome.details["stopped"] == "enough" and 400 < last < 800 and steps < 400
+    assert outcome.tokens == steps * 16 * 8
+    never = Training(Copy(), TRANSFORMER, replace(recipe, steps=60, enough=1.1), stages=((40, Copy(shift=1)),))(0)
+    assert never.details["stopped"] == "steps" and never.details["steps"] == 60
 
 
 def test_what_diverges_is_no_number() -> None:

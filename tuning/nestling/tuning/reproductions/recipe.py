@@ -35,7 +35,7 @@ class Recipe:
     periods: tuple[int, ...] = ()
     #: Steps from one look at the validation examples to the next.
     check_every: int = 100
-    #: Score on the validation examples (from 0 to 1) at which training ends early; None: never.
+    #: Score on the validation examples (from 0 to 1) at which a stage, or the training, ends early; None: never.
     enough: float | None = None
 
     def rate_factor(self, step: int) -> float:

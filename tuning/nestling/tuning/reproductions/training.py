@@ -42,7 +42,8 @@ class Training:
         task: what is trained at the end, and tested.
         model: configuration of the model as `nestling.models.build` takes it, without `vocab_size`.
         recipe: how it is trained.
-        stages: easier tasks before it, each for a number of steps out of the recipe's; same vocabulary.
+        stages: easier tasks before it, each for a number of steps out of the recipe's; same vocabulary. One that is
+            learnt as well as `recipe.enough` says is left early; learning rates go on as if it had not been.
         writes_off: also score with the memories' writes switched off.
     """
 
@@ -84,25 +85,36 @@ class _Run:
 
     def train(self) -> str:
         """Train to the end; returns why it ended: "steps", "enough" or "diverged"."""
-        recipe = self.plan.recipe
+        recipe, stages = self.plan.recipe, self.plan.stages
         keep_every = -(-recipe.steps // CURVE_POINTS)
-        last_stage = sum(steps for steps, _ in self.plan.stages)
-        for batch in self._batches():
-            self.done += 1
-            loss = self._step(batch)
-            if not math.isfinite(loss):
-                return "diverged"
-            if self.done % keep_every == 0 or self.done == recipe.steps:
-                self.curve.append((self.done, loss))
-            if self.done % recipe.check_every == 0 and self.done > last_stage and recipe.enough is not None:
-                if self.validate() >= recipe.enough:
-                    return "enough"
+        rest = recipe.steps - sum(steps for steps, _ in stages)
+        begin = 0
+        for number, (steps, task) in enumerate((*stages, (rest, self.plan.task))):
+            easier, validation = number < len(stages), self.validation
+            if easier and recipe.enough is not None:
+                validation = task.validation(generator(4 * self.seed + 2))
+            for step, batch in enumerate(self._batches(task, steps), begin + 1):
+                self.done += 1
+                loss = self._step(batch, recipe.rate_factor(step))
+                if not math.isfinite(loss):
+                    return "diverged"
+                if step % keep_every == 0 or step == recipe.steps:
+                    self.curve.append((step, loss))
+                if recipe.enough is not None and step % recipe.check_every == 0:
+                    if self._score(task, validation) >= recipe.enough:
+                        if not easier:
+                            return "enough"
+                        break
+            begin += steps
         return "steps"
 
     def validate(self) -> float:
         """The task's metric on the validation examples, from 0 to 1, or minus the bits: more is better."""
-        metric = self.plan.task.metric_of("validation")
-        value = self._scores(self.validation, metric)[metric]
+        return self._score(self.plan.task, self.validation)
+
+    def _score(self, task: Task, validation: Examples) -> float:
+        metric = task.metric_of("validation")
+        value: float = self._scores(validation, metric)[metric]
         return -value if metric == "bits" else value
 
     def test(self, tests: Mapping[str, Examples]) -> dict[str, float]:
@@ -122,23 +134,21 @@ class _Run:
                 mixer.writes = True
         return found
 
-    def _batches(self) -> Iterator[Examples]:
-        """The batches of every step, stage after stage."""
+    def _batches(self, task: Task, steps: int) -> Iterator[Examples]:
+        """A batch for each step of a stage."""
         recipe = self.plan.recipe
-        rest = recipe.steps - sum(steps for steps, _ in self.plan.stages)
-        for steps, task in (*self.plan.stages, (rest, self.plan.task)):
-            if recipe.examples is None:
-                for _ in range(steps):
-                    yield task.sample(recipe.batch, self.generator)
-                continue
-            examples, order = task.sample(recipe.examples, self.generator), torch.empty(0, dtype=torch.int64)
+        if recipe.examples is None:
             for _ in range(steps):
-                while len(order) < recipe.batch:
-                    order = torch.cat([order, torch.randperm(len(examples.inputs), generator=self.generator)])
-                chosen, order = order[: recipe.batch], order[recipe.batch :]
-                yield Examples(*(part[chosen] for part in examples))
+                yield task.sample(recipe.batch, self.generator)
+            return
+        examples, order = task.sample(recipe.examples, self.generator), torch.empty(0, dtype=torch.int64)
+        for _ in range(steps):
+            while len(order) < recipe.batch:
+                order = torch.cat([order, torch.randperm(len(examples.inputs), generator=self.generator)])
+            chosen, order = order[: recipe.batch], order[recipe.batch :]
+            yield Examples(*(part[chosen] for part in examples))
 
-    def _step(self, batch: Examples) -> float:
+    def _step(self, batch: Examples, rate_factor: float) -> float:
         recipe, sizes = self.plan.recipe, self.plan.model.get("redraw_chunk_sizes")
         if sizes:
             set_chunk_size(self.body, self.random.choice(sizes))
@@ -149,7 +159,7 @@ class _Run:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * recipe.rate_factor(self.done)
+            group["lr"] = group["peak"] * rate_factor
         self.optimizer.step()
         set_chunk_size(self.body, None)
         self.tokens += batch.inputs.numel()
