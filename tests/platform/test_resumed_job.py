@@ -46,6 +46,8 @@ def test_what_may_change(folder, job):
     assert (config.training.workers, config.training.zero_stage, config.training.steps) == (2, 3, 40)
     assert (config.levels[0].period, config.levels[0].learning_rate) == (8, 0.5)
     assert resumed_job(folder) == job
+    moving = resumed_job(folder, ["continuum.drive=meta", "continuum.periods=[4]", "continuum.rates=[0.1]"])
+    assert moving.continuum.drive == "meta" and moving.model == job.model
 
 
 @pytest.mark.parametrize(

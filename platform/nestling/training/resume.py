@@ -18,6 +18,7 @@ CHANGEABLE = (
     "levels.*.period",
     "levels.*.unit",
     "levels.*.learning_rate",
+    "continuum.*",
     "evaluation.*",
     "checkpoint.*",
     "tracking.*",
@@ -26,7 +27,10 @@ CHANGEABLE = (
 )
 FIXED = ("training.batch_tokens",)
 #: The same for a run adapted from a pretrained model that has not taken a step: it has weights, and nothing else.
-CHANGEABLE_AT_FIRST = ("seed", "training.*", "levels*", "evaluation.*", "checkpoint.*", "tracking.*", "data.*")
+CHANGEABLE_AT_FIRST = (
+    *("seed", "training.*", "levels*", "continuum.*"),
+    *("evaluation.*", "checkpoint.*", "tracking.*", "data.*"),
+)
 FIXED_AT_FIRST = ("data.tokenizer",)
 #: What is no choice: where the run lies, and what follows from `levels`.
 DERIVED = ("run.dir", "model.level_layers")
