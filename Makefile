@@ -1,11 +1,13 @@
 # Two commands do everything on a machine with Python 3.11 or 3.12, make and git:
 #   make quickstart   environment, installation, then train, evaluate and sample
-#   make test         environment, installation, then lint, format, types and tests
+#   make test         environment, installation, then lint, format, types and tests (test-quick: without the slow ones)
 # Both are safe to repeat; packages are installed again only when pyproject.toml or constraints.txt changed.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
+# Processes for the tests that are not slow; slow ones start clusters of their own and run one after another.
+TEST_WORKERS ?= 2
 
 ROOMS := platform models tuning jobs
 BIN := $(VENV)/bin
@@ -13,18 +15,21 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := pip setuptools hatchling editables
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test install install-dev constraints clean
+.PHONY: quickstart test test-quick install install-dev constraints clean
 
 quickstart: install
 	$(BIN)/nestling train jobs/quickstart.yaml
 	$(BIN)/nestling evaluate latest
 	$(BIN)/nestling generate latest --prompt "The " --max-tokens 300
 
-test: install-dev
+test: test-quick
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+test-quick: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(ROOMS)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 install: $(VENV)/.installed
 
