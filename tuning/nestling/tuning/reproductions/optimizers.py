@@ -21,11 +21,11 @@ OTHER_RATE = 2e-3
 ADAMW: Mapping[str, Any] = {"betas": (0.9, 0.98), "weight_decay": 0.1}
 #: Name in the table, component, its settings, and the learning rates of which the first seed's validation chooses.
 OPTIMIZERS: tuple[tuple[str, str, Mapping[str, Any], tuple[float, ...]], ...] = (
-    ("AdamW", "adamw", ADAMW, (1e-3, 2e-3, 4e-3, 8e-3)),
-    ("Muon", "muon", {"weight_decay": 0.1}, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+    ("AdamW", "adamw", ADAMW, (1e-3, 2e-3, 4e-3)),
+    ("Muon", "muon", {"weight_decay": 0.1}, (4e-3, 8e-3, 1.6e-2)),
     # The second moment of the gradients makes the step 1 / |gradient|, so its rates are others.
-    ("M3", "m3", {"weight_decay": 0.1}, (1e-5, 3e-5, 1e-4, 3e-4)),
-    ("M3, second moment of the direction", "m3", {"weight_decay": 0.1, "mode": "adamuon"}, (5e-4, 1e-3, 2e-3, 4e-3)),
+    ("M3", "m3", {"weight_decay": 0.1}, (1e-6, 3e-6, 1e-5, 3e-5)),
+    ("M3, second moment of the direction", "m3", {"weight_decay": 0.1, "mode": "adamuon"}, (5e-4, 1e-3, 2e-3)),
 )
 
 
