@@ -89,7 +89,7 @@ def listed(text: str) -> dict[tuple[str, str], tuple[float, ...]]:
 
 @pytest.mark.parametrize(("name", "text"), [("mad", MAD), ("formal-languages", FORMAL)])
 def test_the_papers_numbers_of_tables_4_and_5(name: str, text: str) -> None:
-    shown, known = paper(name), listed(text)
+    shown, known = {cell: numbers for cell, numbers in paper(name).items() if numbers}, listed(text)
     assert shown and all(known[cell] == numbers for cell, numbers in shown.items())
     assert {task for task, _ in shown} == {task for task, _ in known}
 
@@ -103,9 +103,9 @@ def test_the_papers_numbers_of_tables_1_and_6() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_full_protocol_has_the_same_models(name: str) -> None:
+def test_the_full_protocol_has_every_model(name: str) -> None:
     small, full = experiment(name), experiment(name, full=True)
-    assert {arm.model for arm in full.arms} == {arm.model for arm in small.arms}
+    assert {arm.model for arm in full.arms} >= {arm.model for arm in small.arms}
     assert len({(arm.task, arm.model) for arm in full.arms}) == len(full.arms)
     assert (small.name, full.name) == (name, f"{name}-full")  # one does not replace the other's files
 
@@ -138,7 +138,7 @@ def test_equal_parameters_by_construction() -> None:
     for name in ("mad", "mqar", "long-context"):
         counts: dict[str, set[int]] = {}  # by task, because vocabularies differ
         for arm in experiment(name).arms:
-            (work,) = arm.candidates.values()
+            work, *_ = arm.candidates.values()
             vocabulary = work.task.vocab_size if isinstance(work, Training) else 257
             if name != "mad" or arm.task == "fuzzy recall":
                 with torch.device("meta"):
