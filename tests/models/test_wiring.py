@@ -183,8 +183,9 @@ def test_the_gate_log_is_the_mean_of_every_tokens_gates(chunk_size, projections,
         gates.append(torch.stack(memory_gates(x, memory, limit, config.eta_bias, bias)))
         _, memory = reference_scan(config, x, q, memory, writes)
     expected = [torch.cat(part, -1).flatten(1).mean(1).tolist() for part in (gates[:split], gates[split:])]
-    assert mixer.gate_log == [pytest.approx(means, rel=1e-10) for means in expected]
-    assert writes or [eta for eta, _ in mixer.gate_log] == [0, 0]
+    counts = [2 * split, 2 * (text.shape[1] - split)]
+    assert mixer.gate_log == [pytest.approx((*means, n), rel=1e-10) for means, n in zip(expected, counts, strict=True)]
+    assert writes or [eta for eta, *_ in mixer.gate_log] == [0, 0]
 
 
 def test_another_chunk_size_is_one_for_both_memories():

@@ -22,6 +22,7 @@ from nestling.config import DataConfig, JobConfig, TrainingConfig
 from nestling.data import Corpus, Counts, Part, Tokenizer, Tokens
 from nestling.evaluation import Report, heldout, heldout_report
 from nestling.models import HopeConfig, build
+from nestling.models.continuum import Continuum
 from nestling.models.hope import mixers
 
 VOCABULARY = 61
@@ -151,6 +152,24 @@ def test_gates_are_named_and_in_the_order_of_the_layers() -> None:
         *found.alpha,
     ]
     assert all(layer.gate_log is None for layer in mixers(model))
+
+
+def test_levels_that_move_are_beside_levels_that_stay() -> None:
+    """Two parts of unequal length, so of unequal numbers of blocks."""
+    model, long, short = hope(), counting(400), random_tokens(30)
+    reader = Continuum(model, [8], [1.0])
+    parts = [replace(corpus(text).parts[0], name=name, weight=0.5) for name, text in (("long", long), ("short", short))]
+    mixed = replace(corpus(long), parts=tuple(parts))
+    found, still = report(reader, mixed, 64), report(model, mixed, 64)
+    for each, read in ((found, reader), (still, model)):
+        assert each.parts["short"]["heldout_loss"] == pytest.approx(nats(read, short[None]), rel=1e-6)
+    assert found.heldout_loss != pytest.approx(still.heldout_loss, rel=1e-5)
+    assert found.levels_still_bits_per_byte == pytest.approx(still.heldout_bits_per_byte, rel=1e-6)
+    assert found.levels_moving_bits_per_byte == pytest.approx(found.heldout_bits_per_byte, rel=1e-6)
+    assert still.levels_still_bits_per_byte is None and still.levels_moving_bits_per_byte is None
+    for name in ("eta", "alpha"):
+        gates = getattr(found, name)
+        assert len(gates) == 2 and gates == pytest.approx(getattr(still, name), abs=0.05)
 
 
 def test_writes_off_is_the_loss_without_steps() -> None:

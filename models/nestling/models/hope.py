@@ -58,8 +58,8 @@ class SelfModifyingTitans(Mixer):
     writes: bool = True
     #: Implementation of the memories' scan; see `self_modifying_scan` and `set_backend`.
     backend: str = "auto"
-    #: A list here collects (mean eta, mean alpha) of every call; see `nestling.evaluation`.
-    gate_log: list[tuple[float, float]] | None = None
+    #: A list here collects (mean eta, mean alpha, tokens) of every call; see `nestling.evaluation`.
+    gate_log: list[tuple[float, float, int]] | None = None
     #: Bias of each head's retention gate (H,).
     alpha_bias: Tensor
 
@@ -179,7 +179,8 @@ class SelfModifyingTitans(Mixer):
             alphas.append(alpha)
             memory = self._scan(piece, queries[:, :, start:end], memory)[1]
             start = end
-        self.gate_log.append((torch.cat(etas, 2).mean().item(), torch.cat(alphas, 2).mean().item()))
+        mean_eta, mean_alpha = (torch.cat(gates, 2).mean().item() for gates in (etas, alphas))
+        self.gate_log.append((mean_eta, mean_alpha, inputs.shape[0] * inputs.shape[2]))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfModifyingTitans:
         """Gates are float32 whatever the parameters are cast to."""

@@ -93,13 +93,16 @@ class FormalLanguage(Task):
         return self._encoded(self._rule.strings(count, WINDOWS["bin0"], drawn(generator), self._rule.repeats))
 
     def validation(self, generator: torch.Generator, count: int = 128) -> Examples:
-        """Strings of both windows, half and half, so that what is chosen by them extrapolates if anything does."""
+        """Strings of both windows, half and half, so that what is chosen by them extrapolates if anything does.
+
+        Periodic and counting languages have one string of each size, which the tests have as well.
+        """
         rng = drawn(generator)
         windows = [self._rule.strings(count // 2, window, rng, repeats=True) for window in WINDOWS.values()]
         return self._encoded(sum(windows, []))
 
     def tests(self, seed: int) -> dict[str, Examples]:
-        rng = drawn(generator(seed))
+        rng = drawn(generator(4 * seed))  # training and validation draw from the next ones
         return {
             test: self._encoded(self._rule.strings(self.test_examples, window, rng, repeats=False))
             for test, window in WINDOWS.items()

@@ -252,14 +252,18 @@ def _writes_off(model: Reader) -> Iterator[None]:
 
 
 def _gates(model: Reader, rows: np.ndarray) -> list[tuple[float, float]]:
-    """(mean eta, mean alpha) of each self-modifying layer over these rows; every rank reads the same ones."""
+    """(mean eta, mean alpha) of each self-modifying layer over these rows; every rank reads the same ones.
+
+    Where levels move, a layer is called once a block of tokens.
+    """
     layers = mixers(model)
     for layer in layers:
         layer.gate_log = []
     try:
         if layers:
             _losses(model, rows, rank=0, world=1)
-        return [gates for layer in layers for gates in layer.gate_log or []]
+        logs = [np.array(layer.gate_log) for layer in layers]
+        return [tuple(np.average(log[:, :2], axis=0, weights=log[:, 2])) for log in logs]
     finally:
         for layer in layers:
             layer.gate_log = None
