@@ -11,25 +11,34 @@ TEST_WORKERS ?= 2
 
 ROOMS := platform models tuning jobs
 BIN := $(VENV)/bin
+QUICK = $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := pip setuptools hatchling editables
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-quick install install-dev constraints clean
+.PHONY: quickstart test test-quick lint install install-dev constraints clean
 
 quickstart: install
 	$(BIN)/nestling train jobs/quickstart.yaml
 	$(BIN)/nestling evaluate latest
 	$(BIN)/nestling generate latest --prompt "The " --max-tokens 300
 
-test: test-quick
-	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+# With PYTEST_ARGS, one call of pytest with these and nothing else.
+test: lint
+ifeq ($(strip $(PYTEST_ARGS)),)
+	$(QUICK)
+	$(BIN)/python -m pytest -m slow
+else
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+endif
 
-test-quick: install-dev
+test-quick: lint
+	$(QUICK)
+
+lint: install-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(ROOMS)
-	$(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 install: $(VENV)/.installed
 

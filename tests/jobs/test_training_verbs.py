@@ -113,6 +113,8 @@ def test_levels_that_move_while_reading(runs: Path) -> None:
     texts = [subprocess.run(**command(runs, *sample, *rates)) for rates in ((), ("continuum.rates=[0.0]",))]
     assert all(text.returncode == 0 for text in texts), texts[0].stderr
     assert len({json.loads(text.stdout)["text"] for text in texts}) == 2
+    wild = subprocess.run(**command(runs, "evaluate", "moving", "continuum.rates=[1.0e+30]", "--json"))
+    assert wild.returncode == 1 and "the levels diverged while they read: lower continuum.rates" in wild.stderr
     wrong = subprocess.run(**command(runs, "generate", "moving", "--prompt", "", "continuum.rate=[1.0]", "--json"))
     assert wrong.returncode == 2 and "the nearest known one is continuum.rates" in wrong.stderr
 

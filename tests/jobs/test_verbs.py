@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from nestling.config import from_yaml, load, to_mapping
+from nestling.config import ConfigError, from_yaml, load, to_mapping
 from nestling.data import Tokenizer
 from nestling.jobs.app import app
+from nestling.jobs.arguments import for_reading, job_for_reading
 from nestling.jobs.evaluate import report
 from nestling.tracking import RunFolder, start
 from nestling.tracking.outbox import Outbox
@@ -211,6 +212,17 @@ def test_evaluation_in_words() -> None:
     assert "levels" not in lines
     figures |= {"levels_moving_bits_per_byte": 2.5, "levels_still_bits_per_byte": 2.75}
     assert report(figures)["levels"].endswith("2.750 with levels that stay (+0.250), over 1,024 tokens")
+
+
+def test_a_run_is_read_whole_however_it_was_trained(run: RunFolder) -> None:
+    run.config.write_text("training: {zero_stage: 3, activation_checkpointing: true}\nlevels: [{width: 8}]\n")
+    moving = ["continuum.drive=stream", "continuum.periods=[4]", "continuum.rates=[0.1]"]
+    assert job_for_reading(run, moving).continuum.rates == [0.1]
+    with pytest.raises(ConfigError, match="continuum.periods: does nothing with continuum.drive=schedule; add"):
+        job_for_reading(run, moving[1:])
+    with pytest.raises(ConfigError, match="training.steps: unknown key"):
+        for_reading(["training.steps=3"])
+    assert for_reading(["run.dir=x", *moving]) == (["run.dir=x"], moving)
 
 
 def test_evaluate_names_a_missing_source(run: RunFolder, tmp_path: Path) -> None:

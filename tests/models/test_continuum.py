@@ -162,7 +162,7 @@ def expected(variant, error, second_order=True):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_meta_is_autograd_through_a_token_loop(variant, error, sizes):
     model, text = attention(variant), tokens(27)
-    continuum = Continuum(model, PERIODS, RATES, drive="meta", error=error)
+    continuum = Continuum(model, PERIODS, RATES, drive="meta", error=error, second_order=True)
     logits, state = in_pieces(continuum, text, *sizes)
     loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten())
     gradients = outer_gradients(model, loss)
@@ -177,7 +177,7 @@ def test_meta_is_autograd_through_a_token_loop(variant, error, sizes):
 
 def test_first_order_takes_inner_gradients_as_constants():
     model, text = attention(), tokens(27)
-    logits, _ = Continuum(model, PERIODS, RATES, drive="meta", second_order=False)(text)
+    logits, _ = Continuum(model, PERIODS, RATES, drive="meta")(text)
     gradients = outer_gradients(model, F.cross_entropy(logits[:, :-1].flatten(0, 1), text[:, 1:].flatten()))
     torch.testing.assert_close(gradients, expected("sequential", "task", False)[1], rtol=1e-9, atol=1e-11)
     second = expected("sequential", "task")[1]
@@ -186,7 +186,7 @@ def test_first_order_takes_inner_gradients_as_constants():
 
 def test_a_meta_gradient_is_its_finite_difference():
     model, text = attention("nested"), tokens(14)
-    continuum = Continuum(model, PERIODS, RATES, drive="meta")
+    continuum = Continuum(model, PERIODS, RATES, drive="meta", second_order=True)
 
     def loss():
         return F.cross_entropy(continuum(text[:, :-1])[0].flatten(0, 1), text[:, 1:].flatten())
@@ -223,11 +223,11 @@ def test_updates_and_outputs_do_not_depend_on_the_split(make, error):
 def test_stream_gives_metas_numbers_and_no_gradient(variant):
     model, text = attention(variant), tokens(30)
     stream, after = Continuum(model, PERIODS, RATES)(text)
-    meta, _ = Continuum(model, PERIODS, RATES, drive="meta")(text)
+    meta, _ = Continuum(model, PERIODS, RATES, drive="meta", second_order=True)(text)
     torch.testing.assert_close(stream, meta, rtol=1e-11, atol=1e-12)
     assert not stream.requires_grad and not any(w.requires_grad for w in after.levels[0].weights.values())
     with torch.no_grad():
-        static = Continuum(model, PERIODS, RATES, drive="meta")(text)[0]
+        static = Continuum(model, PERIODS, RATES, drive="meta", second_order=True)(text)[0]
     assert torch.equal(static, stream)
 
 
@@ -327,8 +327,8 @@ def test_rows_are_apart_and_nothing_comes_from_later(make):
 
 def test_hope_has_meta_gradients_through_the_token_loop():
     model, text = hope(), tokens(12)
-    meta = Continuum(model, (4, 8), (0.4, 0.2), drive="meta")
-    first = Continuum(model, (4, 8), (0.4, 0.2), drive="meta", second_order=False)
+    meta = Continuum(model, (4, 8), (0.4, 0.2), drive="meta", second_order=True)
+    first = Continuum(model, (4, 8), (0.4, 0.2), drive="meta")
     second = outer_gradients(model, meta(text)[0].square().mean())
     assert {mixer.backend for mixer in mixers(model)} == {"auto"}
     chunked = outer_gradients(model, first(text)[0].square().mean())
@@ -367,7 +367,7 @@ def test_half_precision_moves_in_float32():
     ("arguments", "message"),
     [
         ({"model": attention(widths=())}, "no level that could move"),
-        ({"periods": (2, 4)}, "got 2 periods and 3 rates, needs 3 of each"),
+        ({"periods": (2, 4)}, "got 2 periods and 3 rates, needs 3 of each, for level 1, level 2, level 3"),
         ({"periods": (0, 4, 8)}, r"periods: got \[0, 4, 8\]"),
         ({"periods": (2, 3, 12), "model": attention("nested")}, "multiple of the one before"),
         ({"rates": (0.1, 0.1, -1.0)}, "finite numbers of at least 0"),

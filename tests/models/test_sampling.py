@@ -40,3 +40,8 @@ def test_top_k_draws_among_the_likeliest_only():
     expected = torch.tensor([2.0, 1.5]).softmax(-1)
     assert drawn[[0, 2, 4]].tolist() == [0, 0, 0]
     torch.testing.assert_close(drawn[[1, 3]], expected, rtol=0, atol=0.04)
+
+
+def test_logits_that_are_not_finite_are_told():
+    with pytest.raises(ValueError, match="lower continuum.rates"):
+        list(generate(lambda tokens, state: (LOGITS / 0 * 0 + torch.zeros(1, 1, 5), state), torch.tensor([1]), 3))

@@ -257,14 +257,16 @@ STREAM = ["continuum.drive=stream", "continuum.periods=[4, 16]", "continuum.rate
     ("overrides", "message"),
     [
         (["continuum.drive=online"], "continuum.drive: got 'online', needs one of schedule, stream, meta"),
-        (["continuum.rates=[0.1]"], "continuum: got 2 periods and 1 rates, needs 2 of each: one a level"),
+        (["continuum.rates=[0.1]"], "continuum: got 2 periods and 1 rates, needs 2 of each, for level1, level2"),
         (["continuum.periods=[4, 0]"], "continuum.periods: got [4, 0], needs whole numbers of at least 1"),
         (["continuum.rates=[0.1, -1]"], "continuum.rates: got [0.1, -1.0], needs finite numbers of at least 0"),
         (
             ["continuum.periods=[4, 6]", "model.level_variant=nested", "levels.1.period=8"],
             "continuum.periods: got [4, 6], nested levels need each to be a multiple of the one before",
         ),
-        (["model.name=transformer"], "continuum: the model has no level that could move"),
+        (["model.name=transformer"], "continuum.drive: got stream, which needs a model with a Continuum Memory System"),
+        (["levels=[{parameters: [head*]}]"], "continuum: the model has no level that could move"),
+        (["continuum.drive=schedule", "continuum.rates=[-1]"], "continuum.rates: got [-1.0], needs finite numbers"),
         (
             ["training.zero_stage=3"],
             "training.zero_stage: got 3, which cuts up the weights that continuum.drive=stream",
@@ -283,6 +285,8 @@ def test_a_continuum_that_is_not_used_is_worth_a_warning(job: Path, caplog: pyte
     assert load(job, STREAM).continuum.rates == [0.1, 0.1] and not caplog.text
     load(job, [*STREAM, "continuum.drive=schedule"])
     assert "continuum.periods and rates are not used" in caplog.text
+    load(job, [*STREAM, "continuum.periods=[4, 256]", "continuum.second_order=true"])
+    assert "continuum.second_order is not used" in caplog.text and "never moves" in caplog.text
 
 
 def test_nested_levels_fit_into_each_other(job: Path) -> None:

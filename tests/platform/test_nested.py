@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nestling.config.build import build as job
 from nestling.models import MODEL_CONFIGS, build
-from nestling.models.continuum import reading
+from nestling.models.continuum import with_moving_levels
 from nestling.optim import COMPONENTS, Levels, watch_inputs
 from nestling.optim.components import rule_name
 from nestling.optim.nested import enclosing
@@ -175,7 +175,7 @@ def test_levels_that_move_in_context_change_as_often_as_they_say(variant, period
     )
     rows = {row.component.name: row for row in nested_view(settings)}
     torch.manual_seed(0)
-    reader = reading(build(settings.model), settings.continuum)
+    reader = with_moving_levels(build(settings.model), settings.continuum)
     state, changes, held = reader.initial_state(1), Counter(), Counter()
     for token in torch.randint(0, 31, (1, LENGTH)).split(1, dim=1):
         before, state = state, reader(token, state)[1]

@@ -11,8 +11,7 @@ from typing import Annotated
 
 import typer
 
-from nestling.config import RunConfig, pick
-from nestling.config.build import unknown_key
+from nestling.config import ConfigError, JobConfig, RunConfig, from_yaml, pick
 from nestling.config.load import parse_override
 from nestling.jobs.output import WRONG_USAGE, Stop, say
 from nestling.models.config import ContinuumConfig
@@ -40,16 +39,28 @@ def for_reading(overrides: list[str] | None, *others: str) -> tuple[list[str], l
     """Overrides of a verb that reads text with a trained model: run.dir's, and those of continuum and `others`.
 
     Raises:
-        ConfigError: any other key.
+        ConfigError: any other key, or no value.
     """
     places = [override for override in overrides or () if override.startswith("run.dir=")]
     changes = [override for override in overrides or () if override not in places]
-    for override in changes:
-        key, _ = parse_override(override)
-        known = ("run.dir", *(f"continuum.{field.name}" for field in fields(ContinuumConfig)), *others)
-        if key not in known:
-            raise unknown_key(key, known)
+    pick(changes, *(f"continuum.{field.name}" for field in fields(ContinuumConfig)), *others)
     return places, changes
+
+
+def job_for_reading(folder: RunFolder, changes: list[str]) -> JobConfig:
+    """The job of a run, with what `for_reading` has let through.
+
+    It is read whole and in one process, so that it does not matter how training was spread.
+
+    Raises:
+        ConfigError: settings of continuum that do not fit the run's levels, or that would do nothing.
+    """
+    whole = ("training.zero_stage=0", "training.activation_checkpointing=false")
+    config = from_yaml(folder.config.read_text(encoding="utf-8"), [*whole, *changes])
+    given = [key for key, _ in map(parse_override, changes) if key.startswith("continuum.")]
+    if config.continuum.drive == "schedule" and set(given) - {"continuum.drive"}:
+        raise ConfigError(f"{given[0]}: does nothing with continuum.drive=schedule; add continuum.drive=stream")
+    return config
 
 
 def need_writable(folder: Path, given: str, fix: str) -> None:

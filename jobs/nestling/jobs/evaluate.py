@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Annotated, Any
 
 import typer
 
-from nestling.config import EvaluationConfig, from_yaml
-from nestling.jobs.arguments import AsJson, Run, for_reading, trained_run
-from nestling.jobs.output import WRONG_USAGE, Stop, chatter_to, in_columns, say, verb
+from nestling.config import EvaluationConfig
+from nestling.jobs.arguments import AsJson, Run, for_reading, job_for_reading, trained_run
+from nestling.jobs.output import FAILED, WRONG_USAGE, Stop, chatter_to, in_columns, say, verb
 
 Overrides = Annotated[
     list[str] | None,
@@ -35,7 +36,7 @@ def evaluate(
     folder = trained_run(run, places)
     column = continuum = None
     if changes:
-        config = from_yaml(folder.config.read_text(encoding="utf-8"), changes)
+        config = job_for_reading(folder, changes)
         tokens, column, continuum = tokens or config.evaluation.final_tokens, config.data.column, config.continuum
     if data is not None:
         _check_source(data)
@@ -43,7 +44,9 @@ def evaluate(
     with chatter_to(folder.ray_log):
         from nestling.evaluation import evaluate as run_evaluation
 
-        result = run_evaluation(folder, data, tokens, column, continuum)
+        result = run_evaluation(folder, source=data, tokens=tokens, column=column, continuum=continuum)
+    if not math.isfinite(result["heldout_loss"]) and result["levels_still_bits_per_byte"] is not None:
+        raise Stop("the levels diverged while they read: lower continuum.rates", FAILED)
     if not as_json:
         print(in_columns(report(result)))
     return result

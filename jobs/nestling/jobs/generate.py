@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestling.config import from_yaml
-from nestling.jobs.arguments import AsJson, Run, for_reading, trained_run
+from nestling.jobs.arguments import AsJson, Run, for_reading, job_for_reading, trained_run
 from nestling.jobs.output import say, verb
 
 if TYPE_CHECKING:
@@ -37,20 +36,20 @@ def generate(
     """Print the continuation of a prompt as it comes."""
     places, changes = for_reading(overrides)
     folder = trained_run(run, places)
-    continuum = from_yaml(folder.config.read_text(encoding="utf-8"), changes).continuum
+    continuum = job_for_reading(folder, changes).continuum
 
     import torch
 
     from nestling.checkpoint import load_final
     from nestling.models import sampling
-    from nestling.models.continuum import reading
+    from nestling.models.continuum import with_moving_levels
 
     torch.set_num_threads(1)  # a token is thousands of tiny operations: more threads only wait for each other
     model, tokenizer, _ = load_final(folder)
     ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.separator])
     stop = tokenizer.separator
     settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "stop": stop}
-    tokens = sampling.generate(reading(model, continuum), ids, max_tokens, **settings)
+    tokens = sampling.generate(with_moving_levels(model, continuum), ids, max_tokens, **settings)
     taken: list[int] = []
     pieces: list[str] = []
     start = time.perf_counter()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from nestling.config import JobConfig, from_yaml, load, pick
+from nestling.config import JobConfig, load
 from nestling.config.load import is_job
-from nestling.jobs.arguments import AsJson, Overrides, found_run, need_writable
+from nestling.jobs.arguments import AsJson, Overrides, for_reading, found_run, job_for_reading, need_writable
 from nestling.jobs.output import WRONG_USAGE, Stop, print_table, say, verb
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ def levels(
         print_table(_legend(ways))
         print("Updates are per token of its sequence for what lives in one, of the batch for what is trained.")
         print("CMS and group: levels of the job, by its names for them; rest: what is in none of these.")
+        if config.continuum.drive == "stream":
+            print("In context: moves while the trained model reads, in evaluation and generation; not in training.")
         say(f"figure: {picture}")
     return {"components": [_record(row) for row in rows], "figure": picture}
 
@@ -58,8 +60,8 @@ def _subject(subject: str, overrides: list[str]) -> tuple[JobConfig, Path]:
         folder = found_run(subject, places)
     except Stop as unknown:
         raise Stop(f"{subject}: neither a job file nor a run; {unknown}", WRONG_USAGE) from unknown
-    pick(overrides, "run.dir")  # with other keys it would be another model than the run's
-    return from_yaml(folder.config.read_text(encoding="utf-8")), folder.path / "levels.png"
+    _, changes = for_reading(overrides)  # with other keys it would be another model than the run's
+    return job_for_reading(folder, changes), folder.path / "levels.png"
 
 
 def _writable(picture: Path, figure: Path | None) -> Path:

@@ -79,7 +79,8 @@ class Continuum(nn.Module):
             recording, the same as "stream").
         error: "task" or "local", see `nestling.models.errors`.
         second_order: of "meta": also differentiate the inner gradients, which HOPE's memories can only do token by
-            token (`backend="reference"`, slow). Without it, inner gradients are constants.
+            token (`backend="reference"`, slow). Without it they are constants to the outer gradient (first-order
+            MAML).
 
     Raises:
         ValueError: a model without levels, or a setting that does not fit them.
@@ -93,7 +94,7 @@ class Continuum(nn.Module):
         *,
         drive: str = "stream",
         error: str = "task",
-        second_order: bool = True,
+        second_order: bool = False,
     ) -> None:
         super().__init__()
         names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -101,7 +102,8 @@ class Continuum(nn.Module):
         self.nested = isinstance(model.config, LevelsConfig) and model.config.level_variant == "nested"
         if drive not in DRIVES:
             raise ValueError(f"drive: got {drive!r}, needs one of {', '.join(DRIVES)}")
-        ContinuumConfig(drive, list(periods), list(rates), error).check(len(self.names), self.nested)  # type: ignore[arg-type]
+        settings = ContinuumConfig("stream", list(periods), list(rates), error)  # type: ignore[arg-type]
+        settings.check([f"level {number}" for number in range(1, len(self.names) + 1)], self.nested)
         self.model, self.drive, self.error, self.second_order = model, drive, error, second_order
         self.periods, self.rates = tuple(periods), tuple(float(rate) for rate in rates)
 
@@ -110,7 +112,7 @@ class Continuum(nn.Module):
         return self.model.config
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
-        """The model's parameters by the model's own names: there are no others."""
+        """The model's parameters by the model's own names (`state_dict` puts "model." before them)."""
         return self.model.named_parameters(*args, **kwargs)
 
     def initial_state(self, batch: int) -> ContinuumState:
@@ -157,7 +159,10 @@ class Continuum(nn.Module):
         return f"initial {self.model.role(name)}" if name in moving else self.model.role(name)
 
     def _level_components(self, number: int, name: str, tokens: int) -> Iterator[Component]:
-        """The level's weights in context, what they are reset to, and the errors kept until either moves."""
+        """The level's weights in context, what they are reset to, and the errors kept until either moves.
+
+        Operations are those of the level's own layers: reading, the gradients of inputs and weights, the steps.
+        """
         weights = self.initial_state(1).levels[number].weights.values()
         numbers, size = sum(map(torch.numel, weights)), sum(weight.nbytes for weight in weights)
         rate, slower = self.rates[number], self._slower(number)
@@ -177,7 +182,7 @@ class Continuum(nn.Module):
                 rule=f"{rule} {equation}",
                 updates_per_token=often,
                 state_bytes=size,
-                flops_per_token=2.0 * numbers * (reads + often),
+                flops_per_token=2.0 * numbers * (3 * reads + often),
             )
             if sums and any(end % every for end in ends):
                 yield Component(
@@ -283,8 +288,8 @@ class Continuum(nn.Module):
             )
 
 
-def reading(model: LanguageModel, config: ContinuumConfig) -> LanguageModel | Continuum:
-    """The model as it reads a text by this configuration: as it is, or with levels that move.
+def with_moving_levels(model: LanguageModel, config: ContinuumConfig) -> LanguageModel | Continuum:
+    """The model as it reads a text by this configuration: with levels that move, or (drive "schedule") as it is.
 
     Raises:
         ValueError: see `Continuum`.

@@ -76,6 +76,8 @@ def _step(model: LanguageModel | Continuum, tokens: Tensor, state: Any) -> tuple
 
 
 def _draw(logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
+    if not logits.isfinite().all():
+        raise ValueError("the logits are not finite; if levels move while the model reads, lower continuum.rates")
     if temperature == 0:
         return int(logits.argmax())
     if top_k is not None and top_k < logits.numel():

@@ -214,9 +214,19 @@ def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
             training.warmup_steps,
             training.steps,
         )
-    if config.continuum.drive == "schedule" and (config.continuum.periods or config.continuum.rates):
+    continuum, length = config.continuum, config.data.sequence_length
+    if continuum.drive == "schedule" and (continuum.periods or continuum.rates):
         log.warning(
             "continuum.periods and rates are not used: continuum.drive=stream or meta would move levels by them"
+        )
+    if continuum.drive != "meta" and continuum.second_order:
+        log.warning("continuum.second_order is not used: continuum.drive=meta would differentiate the moves")
+    if continuum.drive != "schedule" and any(period >= length for period in continuum.periods):
+        log.warning(
+            "continuum.periods=%s: training and evaluation read %d tokens at a time (data.sequence_length), a level "
+            "with a period as long as that never moves in them",
+            list(continuum.periods),
+            length,
         )
     rules = {training.optimizer, *(level.optimizer for level in config.levels)}
     if training.adamw_learning_rate is not None and rules.isdisjoint(MATRIX_OPTIMIZERS):

@@ -175,9 +175,13 @@ class JobConfig:
         drive, training = self.continuum.drive, self.training
         if drive == "schedule":
             return
-        model = self.model if isinstance(self.model, LevelsConfig) else None
-        levels = [level for level in self.levels if model and (level.width is not None or level.layers)]
-        self.continuum.check(len(levels), model is not None and model.level_variant == "nested")
+        if not isinstance(self.model, LevelsConfig):
+            raise ValueError(
+                f"continuum.drive: got {drive}, which needs a model with a Continuum Memory System (hope or "
+                f"hope_attention); model.name is {self.model.name}"
+            )
+        levels = [str(level.name) for level in self.levels if level.width is not None or level.layers]
+        self.continuum.check(levels, self.model.level_variant == "nested")
         if training.zero_stage == 3:
             raise ValueError(
                 f"training.zero_stage: got 3, which cuts up the weights that continuum.drive={drive} moves; "

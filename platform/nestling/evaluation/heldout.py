@@ -27,7 +27,7 @@ from nestling.models.continuum import Continuum
 from nestling.models.hope import mixers
 from nestling.models.skeleton import LanguageModel
 
-#: A model as `nestling.models.continuum.reading` gives it.
+#: A model as `nestling.models.continuum.with_moving_levels` gives it.
 Reader = LanguageModel | Continuum
 #: Sequences per forward pass.
 BATCH = 8

@@ -12,7 +12,7 @@ from nestling.checkpoint import load_final
 from nestling.data import prepare
 from nestling.evaluation.heldout import heldout_report
 from nestling.models.config import ContinuumConfig
-from nestling.models.continuum import reading
+from nestling.models.continuum import with_moving_levels
 from nestling.tracking import RunFolder
 
 
@@ -44,7 +44,10 @@ def evaluate(
     torch.set_num_threads(1)
     corpus = prepare(data, folder.path.parent / "cache")
     report = heldout_report(
-        reading(model, continuum or config.continuum), corpus, config, tokens or config.evaluation.final_tokens
+        with_moving_levels(model, continuum or config.continuum),
+        corpus,
+        config,
+        tokens or config.evaluation.final_tokens,
     )
     read = data.source if data.mix is None else ", ".join(part.source for part in data.mix)
     figures = {"run_id": folder.run_id, "source": read, **report.as_dict()}

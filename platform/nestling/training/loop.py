@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from nestling.config import JobConfig
 from nestling.data import IGNORED, Corpus, Feed
 from nestling.models import HopeConfig, build
-from nestling.models.continuum import reading
+from nestling.models.continuum import with_moving_levels
 from nestling.models.hope import set_chunk_size
 from nestling.training.engine import levels_of, make_engine, optimizer_step, set_rate
 from nestling.training.groups import parameter_groups
@@ -67,7 +67,7 @@ class Training:
         self.model.activation_checkpointing = config.training.activation_checkpointing
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         #: The model as evaluations read with it, and, if the outer gradient passes through the moves, as it is trained.
-        self.reader = reading(self.model, config.continuum)
+        self.reader = with_moving_levels(self.model, config.continuum)
         trained = self.reader if config.continuum.drive == "meta" else self.model
         self.engine = make_engine(trained, parameter_groups(self.model, config), config, world)
         self.levels = levels_of(self.engine)

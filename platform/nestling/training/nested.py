@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nestling.config import JobConfig
 from nestling.models import build
 from nestling.models.component import GRADIENTS, TOKENS, Component
-from nestling.models.continuum import Continuum, reading
+from nestling.models.continuum import Continuum, with_moving_levels
 from nestling.models.skeleton import LanguageModel
 from nestling.optim import Levels, watch_inputs
 from nestling.optim.components import rule_name
@@ -53,7 +53,7 @@ def nested_view(config: JobConfig) -> list[Row]:
         model = build(config.model)
         watch_inputs(model)
         optimizer = Levels(parameter_groups(model, config), lr=config.training.learning_rate)
-        reader, shown = reading(model, config.continuum), _shown(config)
+        reader, shown = with_moving_levels(model, config.continuum), _shown(config)
         parts = [(part, length, "sequence") for part in _in_context(reader, config, shown)]
         parts += [(part, tokens, "batch") for part in _trained(reader, optimizer, tokens, shown)]
     parts.sort(key=lambda entry: (*_speed(entry[0]), -entry[0].parameters))

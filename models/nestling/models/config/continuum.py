@@ -29,14 +29,6 @@ class ContinuumConfig:
     def __post_init__(self) -> None:
         check_choice("continuum.drive", self.drive, ("schedule", "stream", "meta"))
         check_choice("continuum.error", self.error, ("task", "local"))
-
-    def check(self, levels: int, nested: bool) -> None:
-        """Raises ValueError if these settings cannot move so many levels (nested or not) inside a text."""
-        require(
-            levels > 0, "continuum: the model has no level that could move; give it levels with a width (or layers)"
-        )
-        given = f"continuum: got {len(self.periods)} periods and {len(self.rates)} rates"
-        require(len(self.periods) == len(self.rates) == levels, f"{given}, needs {levels} of each: one a level")
         require(
             all(type(period) is int and period >= 1 for period in self.periods),
             f"continuum.periods: got {list(self.periods)}, needs whole numbers of at least 1",
@@ -45,6 +37,15 @@ class ContinuumConfig:
             all(0 <= rate < math.inf for rate in self.rates),
             f"continuum.rates: got {list(self.rates)}, needs finite numbers of at least 0",
         )
+
+    def check(self, levels: Sequence[str], nested: bool) -> None:
+        """Raises ValueError if these settings do not fit the levels of these names, nested or not."""
+        require(
+            bool(levels), "continuum: the model has no level that could move; give it levels with a width or layers"
+        )
+        given = f"continuum: got {len(self.periods)} periods and {len(self.rates)} rates"
+        needs = f"needs {len(levels)} of each, for {', '.join(levels)}"
+        require(len(self.periods) == len(self.rates) == len(levels), f"{given}, {needs}")
         require(
             not nested or not _unnested(self.periods),
             f"continuum.periods: got {list(self.periods)}, nested levels need each to be a multiple of the one before",

@@ -87,8 +87,8 @@ def experiment(full: bool) -> Experiment:
             "The learning rate of a baseline (in brackets) is the best of three on validation strings of both bins, by "
             "the first seed; periodic and counting languages have one string of each length, so there these are the "
             "test's own. Baselines have HOPE's number of layers and a weight decay of 0.1.",
-            "HOPE has a recipe for each language (learning rate 5e-3; steps, weight decay, first step size and objective "
-            "differ), chosen on both bins of seeds 0 to 2.",
+            "HOPE has a recipe for each language (learning rate 5e-3; steps, weight decay, first step size and "
+            "objective differ), chosen on both bins of seeds 0 to 2.",
             "On the first three HOPE's main memory, eta and alpha modify themselves every 16 tokens and the key and "
             "value memories are static: where these do too, keys drift, and longer strings are lost. On the last three "
             "a chunk holds the whole string, so that nothing learns from a state of its own within it; a^n b^n c^n and "

@@ -76,7 +76,8 @@ def experiment(full: bool) -> Experiment:
             "Queries answered right, in percent. Writes off: the trained model with the step sizes of its memories at "
             "zero. All models have as many parameters as HOPE, and the same easier tasks before.",
             "A stage of training ends early at 99.8 % of its validation queries, so tokens differ. The learning rate "
-            "is 5e-3, or (in brackets) the best of several by the first seed's validation.",
+            "is 5e-3, or (in brackets) the best of several by the first seed's validation. Hidden layers of HOPE's "
+            "memories are twice as wide as a head, those of Titans' memory as wide.",
         ),
     )
 
