@@ -25,7 +25,7 @@ from nestling.tuning.reproductions.figure import bars
 from nestling.tuning.reproductions.long_context import LongContext
 from nestling.tuning.reproductions.recipe import Recipe
 from nestling.tuning.reproductions.run import make_docs, make_folder, reproduce
-from nestling.tuning.reproductions.table import cells, markdown, rows
+from nestling.tuning.reproductions.table import cells, markdown, rows, with_spread
 from nestling.tuning.reproductions.text import Text
 from nestling.tuning.reproductions.training import Training
 from nestling.tuning.reproductions.two_timescales import LEARNERS, METRICS, PUBLISHED, NoiseFloor
@@ -309,8 +309,8 @@ def test_what_fails_is_told_and_the_rest_goes_on(ray_local: None, tmp_path: Path
     assert [progress.done for progress in told] == list(range(1, 19)) and told[-1].total == 18
     assert folder.status() == "failed"
     table = result.table.read_text()
-    assert "| a task | good | score | 2 ± 1 | 99 | 0.5 | 3 | 10 | 20 |" in table
-    assert "| a task | tuned (b) | score | 6 ± 1 |" in table and "nestling reproduce mqar" in table
+    assert "| a task | good | score | 2.0 ± 1.0 | 99 | 0.5 | 3 | 10 | 20 |" in table
+    assert "| a task | tuned (b) | score | 6.0 ± 1.0 |" in table and "nestling reproduce mqar" in table
     files = {f"reproduce-mqar.{suffix}" for suffix in ("md", "png", "json")}
     assert files <= {path.name for path in folder.path.iterdir()}
     assert json.loads((folder.path / "reproduce-mqar.json").read_text())["rows"] == result.rows
@@ -357,6 +357,12 @@ def test_a_folder_that_takes_no_more_loses_nothing(ray_local: None, tmp_path: Pa
 
 def lines(folder: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder.path / "trials.jsonl").read_text().splitlines()]
+
+
+def test_a_spread_says_how_many_digits_count() -> None:
+    shown = {(2.33149, 0.01234): "2.331 ± 0.012", (55.5556, 20.97): "56 ± 21", (100.0, 0.0): "100 ± 0"}
+    shown |= {(0.00012345, 0.0000012): "0.0001 ± 0.0000", (942.7003, None): "942.7003"}
+    assert {given: with_spread(*given) for given in shown} == shown
 
 
 def test_a_recipes_rate_rises_and_falls() -> None:
