@@ -105,8 +105,8 @@ def experiment(full: bool) -> Experiment:
         notes.append(
             "The benchmark trains on 327 million tokens a task and picks the best of six settings; here it is 0.3 to "
             "1.2 million, at width 64 instead of 128, at a learning rate of 5e-3, for Titans (which diverges there) "
-            "2e-3, for the Transformer the better of two (in brackets): do not expect the paper's numbers. Hidden layers of HOPE's memories are twice as "
-            "wide as a head, those of Titans' memory as wide."
+            "2e-3, for the Transformer the better of two (in brackets): do not expect the paper's numbers. Hidden "
+            "layers of HOPE's memories are twice as wide as a head, those of Titans' memory as wide."
         )
         notes.append(
             "Writes off: the trained model with the step sizes of its memories at zero. In recall the short "
