@@ -28,6 +28,7 @@ from nestling.jobs.output import log_to_terminal
 from nestling.jobs.reproduce import reproduce
 from nestling.jobs.resume import resume
 from nestling.jobs.runs import runs
+from nestling.jobs.stream import stream
 from nestling.jobs.tokenizer import tokenizer
 from nestling.jobs.train import train
 from nestling.jobs.ui import ui
@@ -64,7 +65,22 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show where an e
     log_to_terminal(logging.DEBUG if debug else logging.INFO)
 
 
-for _verb in (train, resume, adapt, evaluate, generate, export, runs, levels, reproduce, ui, config, doctor, tokenizer):
+for _verb in (
+    train,
+    resume,
+    stream,
+    adapt,
+    evaluate,
+    generate,
+    export,
+    runs,
+    levels,
+    reproduce,
+    ui,
+    config,
+    doctor,
+    tokenizer,
+):
     app.command()(_verb)
 app.add_typer(memory)
 

@@ -66,7 +66,7 @@ class TrainingProgress:
         elif heldout is not None or step == steps or time.monotonic() - self._last_line >= INTERVAL:
             self._last_line = time.monotonic()
             unit = " bits per byte" if self._heldout else ""
-            say(f"step {step}/{steps}  {figures}{unit}")
+            say(f"step {step}{f'/{steps}' if steps else ''}  {figures}{unit}")
 
     def event(self, event: dict[str, Any]) -> None:
         """Takes one event of the run; those that a person need not know are left to events.jsonl."""
@@ -75,11 +75,15 @@ class TrainingProgress:
 
     def _figures(self, record: dict[str, Any], step: int) -> list[str]:
         figures = []
-        if (loss := record.get("train/loss")) is not None:
+        if (bits := record.get("prequential/bits_per_byte")) is not None:
+            figures.append(f"prequential {bits:.3f} b/B")
+        elif (loss := record.get("train/loss")) is not None:
             figures.append(f"loss {loss:.3f}")
         if speed := record.get("train/tokens_per_second"):
-            left = (self._training.steps - step) * self._training.batch_tokens / speed
-            figures += [f"{speed:,.0f} tokens/s", f"{duration(left)} left"]
+            figures.append(f"{speed:,.0f} tokens/s")
+            if self._training.steps is not None:
+                left = (self._training.steps - step) * self._training.batch_tokens / speed
+                figures.append(f"{duration(left)} left")
         return figures
 
 

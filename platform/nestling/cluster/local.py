@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from urllib.parse import urlsplit
 
-#: Logical CPUs beside those of the workers: one for Ray Data's tasks, one for what they feed.
-SPARE_CPUS = 2
+#: Logical CPUs beside those of workers and readers, for what Ray Data's tasks feed.
+SPARE_CPUS = 1
 #: Seconds in which a cluster that is there takes a connection. Ray itself would go on trying for minutes.
 ANSWER_SECONDS = 5.0
 
@@ -27,8 +27,11 @@ class ClusterError(RuntimeError):
 
 
 @contextmanager
-def connected(workers: int = 0, gpus: int = 0) -> Iterator[None]:
+def connected(workers: int = 0, gpus: int = 0, readers: int = 1) -> Iterator[None]:
     """Have Ray running with room for `workers` workers, `gpus` of them on a GPU each; leave it as it was found.
+
+    Args:
+        readers: tasks of Ray Data that read at the same time.
 
     Raises:
         ClusterError: RAY_ADDRESS names a cluster that does not answer, or one with too little.
@@ -39,9 +42,9 @@ def connected(workers: int = 0, gpus: int = 0) -> Iterator[None]:
     ours = not ray.is_initialized()
     if ours:
         with _own_sigterm():
-            _start(workers)
+            _start(workers + readers)
     try:
-        _check_room(workers, gpus)
+        _check_room(workers, gpus, readers)
         yield
     finally:
         if ours:
@@ -49,15 +52,15 @@ def connected(workers: int = 0, gpus: int = 0) -> Iterator[None]:
                 ray.shutdown()
 
 
-def _start(workers: int) -> None:
+def _start(cpus: int) -> None:
     """Start or join Ray; SIGTERM, to which Ray's own answer is in force meanwhile, is a KeyboardInterrupt here too."""
     try:
-        _init(workers)
+        _init(cpus)
     except SystemExit as stop:
         raise KeyboardInterrupt from stop
 
 
-def _init(workers: int) -> None:
+def _init(cpus: int) -> None:
     import ray
 
     address = os.environ.get("RAY_ADDRESS")
@@ -71,8 +74,8 @@ def _init(workers: int) -> None:
                 "or unset RAY_ADDRESS to run on this machine alone"
             ) from error
     else:
-        cpus = max(os.cpu_count() or 1, workers + SPARE_CPUS)
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level=logging.WARNING)
+        there = max(os.cpu_count() or 1, cpus + SPARE_CPUS)
+        ray.init(address="local", num_cpus=there, include_dashboard=False, logging_level=logging.WARNING)
 
 
 def _knock(address: str) -> None:
@@ -94,16 +97,16 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, before)
 
 
-def _check_room(workers: int, gpus: int) -> None:
+def _check_room(workers: int, gpus: int, readers: int) -> None:
     import ray
 
     has = ray.cluster_resources()
     for kind, needed, fix in (
-        ("CPU", workers + 1, "training.workers"),
+        ("CPU", workers + readers, "training.workers"),
         ("GPU", gpus, "training.workers, or set training.device=cpu"),
     ):
         if has.get(kind, 0) < needed:
             raise ClusterError(
                 f"the Ray cluster has {has.get(kind, 0):g} {kind}s, needs {needed} for {workers} workers "
-                f"(and one CPU to read the data); add nodes or lower {fix}"
+                f"(and {readers} more to read the data); add nodes or lower {fix}"
             )

@@ -24,15 +24,16 @@ from nestling.models.config import LevelsConfig
 log = logging.getLogger(__name__)
 
 
-def load(job: str | Path, overrides: Sequence[str] = ()) -> JobConfig:
+def load(job: str | Path, overrides: Sequence[str] = (), streamed: bool = False) -> JobConfig:
     """Reads a job file, applies overrides such as `training.steps=100` or `levels.0.period=4`, and checks the result.
 
-    `job` is a path, or the bare name of a file in `jobs/` of the current folder ("quickstart"). Raises ConfigError.
+    `job` is a path, or the bare name of a file in `jobs/` of the current folder ("quickstart"); `streamed` says that
+    its data is to be read as a stream. Raises ConfigError.
     """
     given = _override(_read(_find(job)), overrides)
     config = build(given)
     _check_tracking(config)
-    _check_data(config)
+    _check_data(config, streamed)
     _say_what_is_unused(given, config)
     return config
 
@@ -178,7 +179,7 @@ def _check_tracking(config: JobConfig) -> None:
     resolve_uri(config.tracking.uri, config.run.dir)
 
 
-def _check_data(config: JobConfig) -> None:
+def _check_data(config: JobConfig, streamed: bool) -> None:
     # numpy, pyarrow and tokenizers are only needed here
     from nestling.data.errors import DataError
     from nestling.data.order import shares
@@ -186,8 +187,14 @@ def _check_data(config: JobConfig) -> None:
     from nestling.data.sources import check_source
 
     data = config.data
+    if config.training.steps is None and not streamed:
+        raise ConfigError("training.steps: got null, which only a stream can have; give a number of steps")
     try:
-        if data.mix is None:
+        if streamed:
+            from nestling.data.streams import open_stream
+
+            open_stream(config)
+        elif data.mix is None:
             check_source(data.source)
         else:
             shares({str(part.name): part.weight for part in data.mix})
@@ -207,7 +214,7 @@ def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
     training = config.training
     if config.data.mix is not None and "source" in given["data"]:
         log.warning("data.source is not used: data.mix takes its place; data.mix=null would use it")
-    if training.warmup_steps >= training.steps:
+    if training.warmup_steps >= training.last_step:
         log.warning(
             "training.warmup_steps=%d takes up all of training.steps=%d: the learning rate rises until training "
             "ends and does not reach its peak before; lower training.warmup_steps",

@@ -15,6 +15,7 @@ from typing import Literal
 from nestling.config.checks import need, need_different, need_name, positive, whole
 from nestling.config.data import DataConfig
 from nestling.config.optimizers import Optimizer, OptimizersConfig
+from nestling.config.stream import StreamConfig
 from nestling.config.training import CheckpointConfig, EvaluationConfig, TrainingConfig
 from nestling.models.config import ContinuumConfig, HopeAttentionConfig, HopeConfig, LevelsConfig, SkeletonConfig
 
@@ -125,6 +126,8 @@ class JobConfig:
     #: Whether the Continuum Memory System's levels also move inside a text, and how.
     continuum: ContinuumConfig = field(default_factory=ContinuumConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    #: How `nestling stream` reads `data.source`; `nestling train` does without.
+    stream: StreamConfig = field(default_factory=StreamConfig)
     optimizers: OptimizersConfig = field(default_factory=OptimizersConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,8 +14,8 @@ from nestling.config.optimizers import Optimizer
 class TrainingConfig:
     """The training loop: how long, on what, with which optimizer settings."""
 
-    #: Optimizer steps.
-    steps: int = 1000
+    #: Optimizer steps; null: as many as a stream gives, with training.schedule=constant.
+    steps: int | None = 1000
     #: Tokens of one optimizer step, over all workers.
     batch_tokens: int = 4096
     #: Sequences that a worker runs at once, the rest by gradient accumulation; None: all of its share.
@@ -38,8 +39,9 @@ class TrainingConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     #: Largest norm of the gradient; 0: no clipping.
     clip: float = 1.0
-    #: Learning rate after the warm-up: cosine, linear, or wsd (constant, then a linear decay of `decay_steps`).
-    schedule: Literal["cosine", "wsd", "linear"] = "cosine"
+    #: Learning rate after the warm-up: cosine, linear, constant, or wsd (constant, then a linear decay of
+    #: `decay_steps`).
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     #: Steps of the linear warm-up.
     warmup_steps: int = 20
     #: Steps of the decay of wsd; None: a fifth of `steps`.
@@ -68,17 +70,27 @@ class TrainingConfig:
     on_divergence: Literal["rollback", "stop"] = "rollback"
 
     def __post_init__(self) -> None:
-        sizes = ("steps", "batch_tokens", "micro_batch", "workers", "log_every", "max_skipped")
+        sizes = ("batch_tokens", "micro_batch", "workers", "log_every", "max_skipped")
         need("training", self, "at least 1", whole, *sizes)
-        need("training", self, "at least 1 (or null)", whole, "decay_steps")
+        need("training", self, "at least 1 (or null)", whole, "steps", "decay_steps")
         counts = ("warmup_steps", "evaluate_every", "checkpoint_every", "max_failures")
         need("training", self, "at least 0", lambda value: value >= 0, *counts)
         need("training", self, "0, 1, 2 or 3", lambda value: 0 <= value <= 3, "zero_stage")
         need("training", self, "a finite value above 0", positive, "learning_rate", "adamw_learning_rate")
         need("training", self, "a finite value of at least 0", not_negative, "weight_decay", "clip", "spike_sigmas")
         need("training", self, "a fraction from 0 to 1", fraction, "final_learning_rate")
+        if self.steps is None and self.schedule != "constant":
+            raise ValueError(
+                f"training.steps: got null, but training.schedule={self.schedule} needs to know the last step; give "
+                "training.schedule=constant, or a number of steps"
+            )
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"training.betas: got {list(self.betas)}, needs two values from 0 to below 1")
+
+    @property
+    def last_step(self) -> float:
+        """`steps`, or infinity."""
+        return math.inf if self.steps is None else self.steps
 
 
 @dataclass

@@ -19,7 +19,7 @@ from nestling.tracking import Tracker
 from nestling.training.state import engine_pieces, load_engine, optimizer_scalars, random_state, set_random_state
 
 if TYPE_CHECKING:
-    from nestling.training.loop import Training
+    from nestling.training.loop import TrainingLoop
 
 FORMAT = 1
 #: Metrics that MLflow shows beside a checkpoint.
@@ -29,7 +29,7 @@ SHOWN = ("train/loss", "heldout/loss", "heldout/bits_per_byte")
 class Keeper:
     """Saves a training and brings it back; every method that is not marked is called by all ranks at the same step."""
 
-    def __init__(self, training: Training, store: Store, tracker: Tracker | None) -> None:
+    def __init__(self, training: TrainingLoop, store: Store, tracker: Tracker | None) -> None:
         settings = training.config.checkpoint
         self._training, self._store, self._tracker = training, store, tracker
         self._rank, self._world = training.rank, training.world
@@ -122,6 +122,12 @@ class Keeper:
     def save_again(self) -> None:
         """Save the checkpoint that was taken up once more, because the position in the data is another one now."""
         self.save(self._heldout)
+
+    def settled(self) -> Checkpoint | None:
+        """The last checkpoint that is known to be good, once the save under way has ended; on rank 0."""
+        self._saver.wait()
+        self.tell()
+        return self.good
 
     @property
     def stages(self) -> dict[str, float]:

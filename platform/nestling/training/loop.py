@@ -9,13 +9,16 @@ from __future__ import annotations
 import math
 import random
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch import Tensor
 
 from nestling.config import JobConfig
 from nestling.data import IGNORED, Corpus, Feed
@@ -31,11 +34,11 @@ from nestling.training.schedule import rate_factor
 RATE_WINDOW = 20
 
 
-class Training:
-    """The state of a training loop on one rank.
+class TrainingLoop(ABC):
+    """The state of a training loop on one rank, wherever its batches come from.
 
     Args:
-        config, corpus: the job and its prepared data.
+        config: the job.
         device: where this rank computes.
         rank, world: number of this worker, and of workers.
         stopping: asked on rank 0 at every step whether training should stop after it.
@@ -51,16 +54,13 @@ class Training:
     def __init__(
         self,
         config: JobConfig,
-        corpus: Corpus,
         device: torch.device,
         rank: int,
         world: int,
         stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.config, self.corpus, self.device = config, corpus, device
+        self.config, self.device = config, device
         self.rank, self.world, self._stopping = rank, world, stopping
-        length = config.data.sequence_length
-        self.feed = Feed(corpus, length, config.training.batch_tokens // length, config.seed, rank, world)
         random.seed(config.seed)
         torch.manual_seed(config.seed)
         self.model = build(config.model).to(device)
@@ -76,6 +76,10 @@ class Training:
         self.loss, self.gradient_norm = math.nan, math.nan
         self.refused, self.stop = "", False
         self.restart_clock()
+
+    @abstractmethod
+    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """This rank's inputs and targets of a batch, (sequences, sequence_length) integers; see `Feed.batch`."""
 
     def step(self) -> float:
         """One optimizer step; returns `loss`."""
@@ -113,7 +117,6 @@ class Training:
         training = self.config.training
         record = {
             "train/loss": self.loss,
-            "train/bits_per_byte": self.corpus.bits_per_byte(self.loss, "train"),
             "train/tokens": self.done * training.batch_tokens,
             "train/tokens_per_second": self._tokens_per_second(),
             "train/learning_rate": rate_factor(self.done, training) * training.learning_rate,
@@ -170,7 +173,7 @@ class Training:
         if isinstance(model, HopeConfig) and model.redraw_chunk_sizes:
             draw = random.Random(f"{self.config.seed} chunk size {self.done}")
             set_chunk_size(self.model, draw.choice(model.redraw_chunk_sizes))
-        batch = (torch.from_numpy(half).to(self.device) for half in self.feed.batch(self.done - 1 + self.passed_over))
+        batch = (torch.from_numpy(half).to(self.device) for half in self.batch(self.done - 1 + self.passed_over))
         size = self.engine.train_micro_batch_size_per_gpu()
         pieces = list(zip(*(half.split(size) for half in batch), strict=True))
         # Sum of the losses, predicted tokens, and whether to stop: what all ranks have to know before they move.
@@ -178,9 +181,7 @@ class Training:
         figures[2] = self.rank == 0 and self._stopping()
         for place, (inputs, targets) in enumerate(pieces):
             logits, _ = self.engine(inputs)
-            total = F.cross_entropy(
-                logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-            )
+            total = self._nats(logits, targets)
             self.engine.backward(total / targets.numel())  # each token weighs the same, however many are masked
             figures[0] += total.detach()
             figures[1] += (targets != IGNORED).sum()
@@ -193,6 +194,10 @@ class Training:
         assert norm is not None
         self.gradient_norm = norm
 
+    def _nats(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """The summed loss of a micro-batch."""
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
     def _judge(self, norm: float) -> bool:
         self.refused = self.guard.judge(self.loss, norm)
         return bool(self.refused)
@@ -200,3 +205,33 @@ class Training:
     def _tokens_per_second(self) -> float:
         steps, seconds = len(self._ends) - 1, self._ends[-1] - self._ends[0]
         return steps * self.config.training.batch_tokens / max(seconds, 1e-9)
+
+
+class Training(TrainingLoop):
+    """A training on a prepared corpus, whose batches are found by their number.
+
+    Args:
+        config, corpus: the job and its prepared data.
+        device, rank, world, stopping: see `TrainingLoop`.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        corpus: Corpus,
+        device: torch.device,
+        rank: int,
+        world: int,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        length = config.data.sequence_length
+        self.corpus = corpus
+        self.feed = Feed(corpus, length, config.training.batch_tokens // length, config.seed, rank, world)
+        super().__init__(config, device, rank, world, stopping)
+
+    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.feed.batch(number)
+
+    def record(self) -> dict[str, float]:
+        bits = self.corpus.bits_per_byte(self.loss, "train")
+        return super().record() | ({"train/bits_per_byte": bits} if math.isfinite(bits) else {})

@@ -22,6 +22,7 @@ CHANGEABLE = (
     "evaluation.*",
     "checkpoint.*",
     "tracking.*",
+    "stream.*",
     "data.source",
     "data.mix.*.source",
 )
@@ -71,12 +72,12 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
             f"checkpoint.dir: there is no checkpoint of run {folder.run_id} in {config.checkpoint.dir}; "
             f"move its folder {folder.path.name} there first"
         )
-    if done is not None and done > config.training.steps:
+    if done is not None and done > config.training.last_step:
         raise ConfigError(
             f"training.steps: got {config.training.steps}, but run {folder.run_id} has taken {done} steps; give more"
         )
     info = folder.info()
-    if info.get("status") == "finished" and config.training.steps <= int(info["steps"]):
+    if info.get("status") == "finished" and config.training.last_step <= int(info["steps"]):
         raise ConfigError(
             f"run {folder.run_id} ({folder.name}) has finished its {info['steps']} steps; to train it further give it "
             f"more of them: nestling resume {folder.run_id} training.steps={2 * int(info['steps'])}"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -49,12 +49,27 @@ class Summary:
     data: str
 
 
-#: Of them, what a run that goes on does not know yet.
-RESULTS = {field.name for field in fields(Summary)} - {"run_id", "status", "run_dir", "tracking_uri"}
+#: Of a summary, what a run knows from its beginning.
+KNOWN_AT_ONCE = {"run_id", "status", "run_dir", "tracking_uri"}
 
 
 class TrainingError(RuntimeError):
     """The workers failed; the message is the first cause."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the workers are to do.
+
+    Attributes:
+        entry: what each of them calls, with the settings of every training and these.
+        settings: what is sent to them.
+        figures: what is known of the summary already.
+    """
+
+    entry: Callable[[dict[str, Any]], dict[str, Any]]
+    settings: Mapping[str, Any]
+    figures: Mapping[str, Any]
 
 
 def fit(
@@ -75,8 +90,37 @@ def fit(
         TrackingError, ClusterError, DataError, TrainingError: what cannot be reached, found or done, and how to fix it.
         KeyboardInterrupt: passed on after the run was marked as interrupted.
     """
+    known = {field.name for field in fields(Summary)} - KNOWN_AT_ONCE
+    return Summary(**drive(config, folder, _on_corpus, known, on_progress, on_event))
+
+
+def _on_corpus(config: JobConfig, folder: RunFolder, begun: bool) -> Work:
+    from nestling.training.worker import train_worker
+
+    corpus = _corpus(config, folder, begun)
+    corpus.tokenizer.save(folder.tokenizer)
+    line = corpus.line(config.data.sequence_length)
+    return Work(train_worker, {"corpus": str(corpus.folder.resolve())}, {"data": line})
+
+
+def drive(
+    config: JobConfig,
+    folder: RunFolder,
+    prepare: Callable[[JobConfig, RunFolder, bool], Work],
+    results: Iterable[str],
+    on_progress: Progress | None,
+    on_event: Progress | None,
+    readers: int = 1,
+) -> dict[str, Any]:
+    """A run from its claim to its summary, whatever its workers do; see `fit`.
+
+    Args:
+        prepare: gets the complete job, the folder, and whether the run has begun; Ray is running.
+        results: names of figures that a run that goes on does not know yet.
+        readers: tasks of Ray Data that read while the workers work.
+    """
     with folder.claim():
-        folder.update(**dict.fromkeys(RESULTS), status="running", error=None, finished=None)
+        folder.update(**dict.fromkeys(results), status="running", error=None, finished=None)
         folder.stop.unlink(missing_ok=True)
         status, store, tracked = "failed", None, None
         try:
@@ -87,15 +131,14 @@ def fit(
             store = _reachable_store(config, folder)
             tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
             wanted = config.training.workers
-            with connected(wanted, wanted if config.training.device == "cuda" else 0):
+            with connected(wanted, wanted if config.training.device == "cuda" else 0, readers):
                 begun = [checkpoint.step for checkpoint in store.checkpoints()][:1] != [0]
-                corpus = _corpus(config, folder, begun)
+                work = prepare(config, folder, begun)
                 folder.write_config(to_yaml(config))
-                corpus.tokenizer.save(folder.tokenizer)
                 with followed(folder, on_progress, on_event):
-                    result = _train(_on_device(config), corpus, folder, tracked)
+                    result = _train(_on_device(config), work, folder, tracked)
             result["checkpoint"] = _newest(store)
-            result["data"] = corpus.line(config.data.sequence_length)
+            result |= work.figures
             status = result.pop("status")
             return _sum_up(folder, tracked, status, result)
         except KeyboardInterrupt:
@@ -216,21 +259,19 @@ def _digest(config: JobConfig) -> str:
     return hashlib.sha256(repr(config.data).encode()).hexdigest()
 
 
-def _train(config: JobConfig, corpus: Corpus, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
+def _train(config: JobConfig, work: Work, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    from nestling.training.worker import train_worker
-
-    entry: Any = train_worker  # Ray's annotation leaves out that a worker may return something
+    entry: Any = work.entry  # Ray's annotation leaves out that a worker may return something
     failures = config.training.max_failures
     trainer = TorchTrainer(
         entry,
         train_loop_config={
             "config": to_yaml(config),
             "folder": str(folder.path),
-            "corpus": str(corpus.folder.resolve()),
+            **work.settings,
             "tracking_uri": tracked.uri,
             "mlflow_run_id": tracked.mlflow_run_id,
         },
@@ -257,7 +298,7 @@ def _first_cause(error: BaseException) -> str:
     return str(error).strip().splitlines()[-1]
 
 
-def _sum_up(folder: RunFolder, tracked: TrackedRun, status: str, result: dict[str, Any]) -> Summary:
+def _sum_up(folder: RunFolder, tracked: TrackedRun, status: str, result: dict[str, Any]) -> dict[str, Any]:
     error, evaluation = result.pop("error", None), result.pop("evaluation", None)
     if evaluation is not None:
         evaluation = {"run_id": folder.run_id, **evaluation}
@@ -268,7 +309,8 @@ def _sum_up(folder: RunFolder, tracked: TrackedRun, status: str, result: dict[st
         raise KeyboardInterrupt
     if status == "failed":
         raise TrainingError(error)
-    return Summary(run_id=folder.run_id, status=status, run_dir=str(folder.path), tracking_uri=tracked.uri, **result)
+    known = {"run_id": folder.run_id, "status": status, "run_dir": str(folder.path), "tracking_uri": tracked.uri}
+    return known | result
 
 
 def _figure(folder: RunFolder) -> Path | None:

@@ -11,6 +11,8 @@ def rate_factor(step: int, training: TrainingConfig) -> float:
     """Share of the peak learning rate at optimizer step `step` (from 1): linear warm-up, then the schedule."""
     if step <= training.warmup_steps:
         return step / training.warmup_steps
+    if training.steps is None or training.schedule == "constant":
+        return 1.0
     low, start, end = training.final_learning_rate, training.warmup_steps, training.steps
     if training.schedule == "wsd":
         start = max(start, end - (training.decay_steps or -(-end // 5)))

@@ -61,7 +61,7 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         """The figures of the summary: `status`, and what is known of the others."""
-        training, steps = self.training, self.training.config.training.steps
+        training, steps = self.training, self.training.config.training.last_step
         try:
             self._begin()
         except ResumeError as reason:
@@ -105,7 +105,7 @@ class Worker:
     def _after_step(self) -> None:
         """Evaluate, log and save where it is due."""
         training, settings = self.training, self.training.config.training
-        step, last = training.done, training.done == settings.steps
+        step, last = training.done, training.done == settings.last_step
         record = training.record() if last or step % settings.log_every == 0 else {}
         if last or _due(step, settings.evaluate_every):
             began = time.perf_counter()

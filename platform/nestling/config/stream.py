@@ -1,0 +1,56 @@
+"""The `stream` section of a job: how `nestling stream` reads a source without end, and what it keeps of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from nestling.config.checks import fraction, need, not_negative, whole
+
+
+@dataclass
+class StreamConfig:
+    """Records and windows.
+
+    A stream is read in windows: bounded stretches of each partition, planned before they are read. A window is trained
+    on as a whole, and snapshots lie between windows.
+    """
+
+    #: UTF-8 bytes of text after which a window is full. A window without trainable text takes no step.
+    window_bytes: int = 65536
+    #: Windows that may be read ahead of the one being trained on: what bounds the memory of reading.
+    windows_ahead: int = 2
+    #: Seconds after which a window is closed that is not full, counted from when it could have been begun.
+    close_after: float = 5.0
+    #: Seconds from one look for new data to the next where there is none.
+    poll_every: float = 0.5
+    #: Seconds without a change after which the last line of a file counts as whole though no newline ends it.
+    settle_after: float = 10.0
+    #: Field of JSON records and Parquet rows with the record's key; null: its partition and offset.
+    key_column: str | None = None
+    #: Field with the event time: seconds since 1970, or a text in ISO 8601. Null: records have none.
+    time_column: str | None = None
+    #: Field with the domain by which losses and probes are told apart. Null: records have none.
+    domain_column: str | None = None
+    #: Largest record in bytes; a larger one is a broken one.
+    record_bytes: int = 1 << 20
+    #: Share of a window's records that may be broken. More of them, and more than one, stop the stream.
+    dead_share: float = 0.1
+    #: Seconds by which an event time may lag behind the latest one of earlier windows; null: nothing is late.
+    lateness: float | None = None
+    #: What becomes of late records: `aside` writes them to late.jsonl, `train` trains on them and counts them.
+    late: Literal["aside", "train"] = "aside"
+    #: Factor of the fading prequential loss: how much of the past is left after a step.
+    fading: float = 0.98
+
+    def __post_init__(self) -> None:
+        need("stream", self, "at least 1", whole, "window_bytes", "windows_ahead", "record_bytes")
+        need("stream", self, "a finite value of at least 0", not_negative, "close_after", "settle_after", "lateness")
+        need("stream", self, "a value from 0.01 on", lambda value: value >= 0.01, "poll_every")
+        need("stream", self, "a fraction from 0 to 1", fraction, "dead_share")
+        need("stream", self, "a value above 0 and at most 1", lambda value: 0 < value <= 1, "fading")
+        if self.lateness is not None and self.time_column is None:
+            raise ValueError(
+                f"stream.lateness: got {self.lateness}, but records have no event time; name the field that holds it "
+                "with stream.time_column"
+            )

@@ -1,0 +1,162 @@
+"""What a window holds once it is read: text to train on in batches, and what became of every other record.
+
+A window is complete in itself. Its tokens fill sequences one after another, the first of which begins with a
+separator, so that every token is predicted exactly once; what the last batch lacks is masked. Nothing runs on into the
+next window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nestling.data.feed import IGNORED
+from nestling.data.streams.source import Broken, Interval, Record, StreamSource
+from nestling.data.streams.windows import Plan
+from nestling.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What decides about a record besides its content.
+
+    Attributes:
+        lateness: seconds by which event times may lag behind; None: nothing is late.
+        aside: whether late records are set aside instead of trained on.
+    """
+
+    lateness: float | None = None
+    aside: bool = True
+
+
+@dataclass
+class Counted:
+    """One interval of a window: what the ledger says of it."""
+
+    interval: Interval
+    records: int = 0
+    dead: int = 0
+    late: int = 0
+    sha256_of_record_ids: str = ""
+
+
+@dataclass
+class Content:
+    """A window that was read.
+
+    Attributes:
+        plan: which one.
+        trained: its records to train on, in their order.
+        counted: each of its intervals.
+        letters: its broken records; `late` its late ones that are set aside.
+        latest: the latest event time of this and all earlier windows.
+    """
+
+    plan: Plan
+    trained: list[Record] = field(default_factory=list)
+    counted: list[Counted] = field(default_factory=list)
+    letters: list[Broken] = field(default_factory=list)
+    late: list[Record] = field(default_factory=list)
+    latest: float | None = None
+
+    def summary(self) -> dict[str, Any]:
+        """All but the text, as JSON can hold it."""
+        return {
+            "window": self.plan.number,
+            "counted": [asdict(counted) for counted in self.counted],
+            "letters": [asdict(letter) for letter in self.letters],
+            "late": [asdict(record) for record in self.late],
+            "latest": self.latest,
+        }
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of one step.
+
+    Attributes:
+        inputs, targets: (sequences, sequence_length) int32; `IGNORED` where nothing is to be predicted.
+        domains: (sequences, sequence_length) int16, the place in `names` of the domain of the target.
+        names: the domains in the batch.
+        bytes: UTF-8 bytes of the text that is predicted, of each of them.
+    """
+
+    inputs: np.ndarray
+    targets: np.ndarray
+    domains: np.ndarray
+    names: list[str]
+    bytes: list[int]
+
+
+def read_window(source: StreamSource, plan: Plan, rules: Rules, latest: float | None) -> Content:
+    """Read the records of a window and sort them.
+
+    Args:
+        latest: the latest event time of earlier windows.
+    """
+    content = Content(plan, latest=latest)
+    watermark = None if latest is None or rules.lateness is None else latest - rules.lateness
+    for interval in plan.intervals:
+        counted, ids = Counted(interval), hashlib.sha256()
+        for record in source.read(interval):
+            counted.records += 1
+            ids.update(f"{record.partition}:{record.offset}\n".encode())
+            if isinstance(record, Broken):
+                counted.dead += 1
+                content.letters.append(record)
+                continue
+            late = watermark is not None and record.event_time is not None and record.event_time < watermark
+            counted.late += late
+            (content.late if late and rules.aside else content.trained).append(record)
+            if record.event_time is not None:
+                content.latest = max(record.event_time, content.latest or record.event_time)
+        counted.sha256_of_record_ids = ids.hexdigest()
+        content.counted.append(counted)
+    return content
+
+
+def batches(records: Iterable[Record], tokenizer: Tokenizer, length: int, rows: int) -> list[Batch]:
+    """The text of some records in batches of `rows` sequences of `length` tokens."""
+    names: dict[str, int] = {}
+    tokens, domains, sizes = [np.zeros(0, np.int32)], [np.zeros(0, np.int16)], [np.zeros(0, np.float64)]
+    for record in records:
+        ids = tokenizer.encode(record.text)
+        # A token's share of its record's bytes: exact where a token is a byte, and in the sum everywhere.
+        size = np.full(len(ids), len(record.text.encode("utf-8")) / max(len(ids), 1))
+        if record.whole:
+            ids, size = np.append(ids, np.int32(tokenizer.separator)), np.append(size, 0.0)
+        tokens.append(ids)
+        sizes.append(size)
+        domains.append(np.full(len(ids), names.setdefault(record.domain, len(names)), np.int16))
+    flat, of, weights = np.concatenate(tokens), np.concatenate(domains), np.concatenate(sizes)
+    made = []
+    for start in range(0, len(flat), rows * length):
+        part = slice(start, start + rows * length)
+        targets = np.full(rows * length, IGNORED, np.int32)
+        inputs = np.full(rows * length, tokenizer.separator, np.int32)
+        domain = np.zeros(rows * length, np.int16)
+        count = len(flat[part])
+        targets[:count], domain[:count] = flat[part], of[part]
+        inputs[1:count] = flat[part][: count - 1]
+        if start:
+            inputs[0] = flat[start - 1]
+        here = sorted(set(of[part].tolist()))
+        place = np.zeros(len(names), np.int16)
+        place[here] = np.arange(len(here), dtype=np.int16)
+        known = list(names)
+        bytes_of = [round(float(weights[part][of[part] == number].sum())) for number in here]
+        shape = (rows, length)
+        made.append(
+            Batch(
+                inputs.reshape(shape),
+                targets.reshape(shape),
+                place[domain].reshape(shape),
+                [known[number] for number in here],
+                bytes_of,
+            )
+        )
+    return made

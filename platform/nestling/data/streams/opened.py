@@ -1,0 +1,47 @@
+"""What a source string means for a stream."""
+
+from __future__ import annotations
+
+from nestling.config import JobConfig
+from nestling.data.embedded import DOMAINS
+from nestling.data.errors import DataError
+from nestling.data.sources import absolute
+from nestling.data.streams.fields import Fields
+from nestling.data.streams.five_domains import NAME, SHUFFLED, FiveDomains
+from nestling.data.streams.folder import Folder
+from nestling.data.streams.generator import Generator
+from nestling.data.streams.kafka import Kafka
+from nestling.data.streams.source import StreamSource
+
+
+def open_stream(config: JobConfig) -> StreamSource:
+    """The source of a job's stream.
+
+    Raises:
+        DataError: it is no source of a stream, or what it needs is not there.
+    """
+    spec, stream = config.data.source, config.stream
+    if config.data.mix is not None:
+        raise DataError("data.mix: a stream has one source and reads it in its order; leave data.mix out")
+    fields = Fields(
+        config.data.column, stream.key_column, stream.time_column, stream.domain_column, stream.record_bytes
+    )
+    if spec in (NAME, SHUFFLED):
+        return FiveDomains(spec)
+    if spec.startswith("embedded:"):
+        raise DataError(
+            f"data.source: got {spec}, which ends and has no order in time; a stream takes {NAME}, {SHUFFLED}, a "
+            f"folder, kafka://HOST:PORT/TOPIC or python:MODULE:FUNCTION (nestling train takes embedded:"
+            f"{', '.join(DOMAINS)})"
+        )
+    if spec.startswith("kafka://"):
+        kafka = Kafka(spec, fields)
+        kafka.check()
+        return kafka
+    if spec.startswith("python:"):
+        generator = Generator(spec, fields)
+        generator.ended({})
+        return generator
+    folder = Folder(absolute(spec), fields, stream.settle_after)
+    folder.ends({})
+    return folder

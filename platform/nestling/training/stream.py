@@ -1,0 +1,81 @@
+"""The driver's side of a stream: the way of `fit`, with a source that is read as it comes instead of a corpus."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nestling.checkpoint import run_store
+from nestling.checkpoint.ledger import Verified, verify
+from nestling.config import JobConfig, from_yaml
+from nestling.data.preparing import open_tokenizer
+from nestling.tracking import RunFolder
+from nestling.training.books import DEAD_LETTERS, LEDGER
+from nestling.training.run import KNOWN_AT_ONCE, Progress, Work, drive
+
+
+@dataclass(frozen=True)
+class StreamSummary:
+    """How a stream ended; the keys of `nestling stream --json`."""
+
+    run_id: str
+    status: str
+    steps: int
+    tokens: int
+    prequential_bits_per_byte: float | None
+    ledger: str
+    dead_letter: str
+    dead_letters: int
+    records: int
+    windows: int
+    tokens_per_second: float | None
+    train_loss: float | None
+    checkpoint: str | None
+    run_dir: str
+    tracking_uri: str
+
+
+def learn_stream(
+    config: JobConfig, folder: RunFolder, on_progress: Progress | None = None, on_event: Progress | None = None
+) -> StreamSummary:
+    """Learn from a job's stream until it ends, is stopped, or has had `training.steps`; arguments and errors as `fit`.
+
+    A stream that goes on does so from its newest good snapshot, with the windows that were planned already.
+    """
+    results = {field.name for field in fields(StreamSummary)} - KNOWN_AT_ONCE
+    readers = config.training.workers  # a read task for each worker
+    return StreamSummary(**drive(config, folder, _on_source, results, on_progress, on_event, readers))
+
+
+def _on_source(config: JobConfig, folder: RunFolder, begun: bool) -> Work:
+    from nestling.training.stream_worker import stream_worker
+
+    open_tokenizer(config.data).save(folder.tokenizer)
+    ledger, letters = folder.path / LEDGER, folder.path / DEAD_LETTERS
+    return Work(stream_worker, {}, {"ledger": str(ledger), "dead_letter": str(letters)})
+
+
+def verify_stream(folder: RunFolder) -> Verified:
+    """What the ledger of a stream proves; see `nestling.checkpoint.ledger.verify`.
+
+    Raises:
+        CheckpointError, OSError: the snapshots cannot be read.
+    """
+    import json
+
+    store = run_store(from_yaml(folder.config.read_text(encoding="utf-8")), folder)
+    newest = next(iter(store.checkpoints()), None)
+    state: Mapping[str, Any] | None = None
+    if newest is not None:
+        state = json.loads(store.open(newest).documents["state.json"])["stream"]
+    ledger = None if state is None else state["files"]["ledger"]
+    found = verify(folder.path / LEDGER, ledger, {})
+    problems = list(found.problems or ())
+    if state is not None:
+        with (folder.path / DEAD_LETTERS).open("rb") as file:
+            letters = file.read(state["files"][DEAD_LETTERS]).count(b"\n")
+        if letters < found.dead:
+            problems.append(f"{DEAD_LETTERS} holds {letters} records, the ledger counts {found.dead} broken ones")
+    found.problems = problems
+    return found

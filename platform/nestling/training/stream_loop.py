@@ -1,0 +1,112 @@
+"""The state of a training on a stream: the loop's, where the stream stands, and what was lost before it was learnt.
+
+Every batch is scored by the step that trains on it, before it moves anything, so the prequential loss costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from nestling.config import JobConfig
+from nestling.data.feed import IGNORED
+from nestling.data.streams import Batch, Opening, Position
+from nestling.evaluation.prequential import Prequential
+from nestling.training.guard import Guard
+from nestling.training.loop import TrainingLoop
+
+
+class StreamTraining(TrainingLoop):
+    """A training whose batches come one after another, and only once.
+
+    Attributes:
+        position: where the next window begins.
+        batches_done: batches of that window that were trained on.
+        counts: records trained on, broken and late so far, whole windows only.
+        prequential: the losses before learning; `window_bits` and `window_bytes` those of the present window.
+    """
+
+    def __init__(
+        self,
+        config: JobConfig,
+        device: torch.device,
+        rank: int,
+        world: int,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        super().__init__(config, device, rank, world, stopping)
+        # A sudden rise is what a new domain looks like: only what is not finite is refused.
+        self.guard = Guard(0.0)
+        self.position, self.batches_done = Position(), 0
+        self.counts = {"records": 0, "dead": 0, "late": 0}
+        self.prequential = Prequential(config.stream.fading)
+        self.window_nats = self.window_bytes = 0.0
+        #: What else the snapshot says, kept by rank 0's worker.
+        self.files: dict[str, Any] = {}
+        self._batch: Batch | None = None
+        self._parts: list[Tensor] = []
+
+    def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        assert self._batch is not None
+        return self._batch.inputs.astype(np.int64), self._batch.targets.astype(np.int64)
+
+    def learn(self, batch: Batch) -> None:
+        """One optimizer step on a batch of the present window; all ranks with their rows of the same one."""
+        self._batch, self._parts = batch, []
+        self.step()
+        nats = torch.zeros(len(batch.names), dtype=torch.float64, device=self.device)
+        domains = torch.from_numpy(batch.domains.astype(np.int64)).to(self.device).flatten()
+        nats.index_add_(0, domains, torch.cat(self._parts).double())
+        dist.all_reduce(nats)
+        by_domain = dict(zip(batch.names, nats.tolist(), strict=True))
+        self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
+        self.window_nats += sum(by_domain.values())
+        self.window_bytes += sum(batch.bytes)
+        self.batches_done += 1
+
+    def close(self, opening: Opening) -> None:
+        """Go on to the next window."""
+        counted = opening.summary["counted"]
+        for name in self.counts:
+            self.counts[name] += sum(interval[name] for interval in counted)
+        ends = {each["interval"]["partition"]: each["interval"]["end"] for each in counted}
+        self.position = Position(self.position.window + 1, self.position.offsets | ends, opening.summary["latest"])
+        self.batches_done, self.window_nats, self.window_bytes = 0, 0.0, 0.0
+
+    def record(self) -> dict[str, float]:
+        counts = {f"stream/{name}": float(value) for name, value in self.counts.items()}
+        window = {"stream/window": float(self.position.window)}
+        return super().record() | self.prequential.metrics() | counts | window
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {
+            "stream": {
+                "position": asdict(self.position),
+                "batches_done": self.batches_done,
+                "counts": self.counts,
+                "prequential": self.prequential.state(),
+                "window": [self.window_nats, self.window_bytes],
+                "files": self.files,
+            }
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        super().load_state(state)
+        stream = state["stream"]
+        self.position, self.batches_done = Position(**stream["position"]), stream["batches_done"]
+        self.counts = dict(stream["counts"])
+        self.prequential.load(stream["prequential"])
+        self.window_nats, self.window_bytes = stream["window"]
+        self.files = stream["files"]
+
+    def _nats(self, logits: Tensor, targets: Tensor) -> Tensor:
+        each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+        self._parts.append(each.detach())
+        return each.sum()

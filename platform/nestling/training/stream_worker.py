@@ -1,0 +1,220 @@
+"""What one Ray Train worker does on a stream: take up the last snapshot, learn window after window, leave a ledger.
+
+All ranks read the same windows, so they walk through the same steps. Rank 0 plans the windows, in a thread, and keeps
+the books: the ledger, the dead letters and the late records, each of which goes back with the snapshot.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import torch
+
+from nestling.checkpoint import ResumeError, Store, export_weights, run_store
+from nestling.config import from_yaml
+from nestling.data import DataError, Tokenizer
+from nestling.data.streams import Opening, Planner, Reading, Rules, WindowFolder, open_stream
+from nestling.tracking import RunFolder, Tracker
+from nestling.training.books import Books
+from nestling.training.keeper import Keeper
+from nestling.training.stream_loop import StreamTraining
+
+
+def stream_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's entry point on every worker; rank 0's return value reaches the driver."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    config, folder = from_yaml(settings["config"]), RunFolder.open(settings["folder"])
+    device = ray.train.torch.get_device() if config.training.device == "cuda" else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # two threads on two busy cores were up to 19 times slower
+        torch.set_flush_denormal(True)
+    rank, world = context.get_world_rank(), context.get_world_size()
+    tracker = Tracker(folder, settings["tracking_uri"], settings["mlflow_run_id"]) if rank == 0 else None
+    try:
+        training = StreamTraining(config, device, rank, world, folder.stop.exists)
+        return StreamWorker(training, run_store(config, folder), folder, tracker).run()
+    finally:
+        if tracker is not None:
+            tracker.close()
+
+
+class StreamWorker:
+    """Learns from a stream until it ends, is told to stop, or cannot go on."""
+
+    def __init__(self, training: StreamTraining, store: Store, folder: RunFolder, tracker: Tracker | None) -> None:
+        self.training, self.store, self.folder, self.tracker = training, store, folder, tracker
+        self.config = training.config
+        self.keeper = Keeper(training, store, tracker)
+        self.source = open_stream(self.config)
+        self.books = Books(folder.path, self.source.name) if tracker is not None else None
+        self.planner: Planner | None = None
+        self._windows = WindowFolder(folder.path / "windows")
+        self._saved: tuple[int, int] | None = None
+        #: Windows at which the snapshots that are kept begin, and one more that may not be committed.
+        self._kept: deque[int] = deque(maxlen=self.config.checkpoint.keep + 1)
+        self._opening: Opening | None = None
+
+    def run(self) -> dict[str, Any]:
+        """The figures of the summary: `status`, and what is known of the others."""
+        training, settings = self.training, self.config.training
+        try:
+            self._begin()
+        except ResumeError as unusable:
+            return self._figures("failed") | {"error": str(unusable)}
+        first, began = training.done, time.perf_counter()
+        error = ""
+        try:
+            self._learn()
+        except DataError as reason:
+            error = str(reason)
+        if training.guard.in_a_row >= settings.max_skipped:
+            error = (
+                f"step {training.done}: {training.refused}, {training.guard.in_a_row} steps in a row; lower "
+                "training.learning_rate, model.eta_max or training.clip, and go on from the last snapshot"
+            )
+        elif self._saved != (training.position.window, training.batches_done):
+            self._save(training.record() if training.done > first else {})
+        seconds = time.perf_counter() - began
+        if problem := self.keeper.close():
+            error = error or problem
+        if error:
+            return self._figures("failed") | {"error": error}
+        if training.stop or self.folder.stop.exists():
+            return self._figures("interrupted")
+        if self.tracker is not None:
+            export_weights(self.store, training.shapes, self.folder.weights)
+        tokens = (training.done - first) * settings.batch_tokens
+        return self._figures("finished") | {"tokens_per_second": tokens / seconds if tokens else None}
+
+    def _begin(self) -> None:
+        """Take up the newest snapshot; log, ledger and side files go back to it, and planning begins."""
+        training = self.training
+        step = self.keeper.restore()
+        if step is not None:
+            self._saved = (training.position.window, training.batches_done)
+        if self.tracker is not None and self.books is not None:
+            begun = self.folder.log.exists() and self.folder.log.stat().st_size > 0
+            self.tracker.rewind(training.done)
+            self.books.load(training.files)
+            if step is not None:
+                at = f"step {step}, window {training.position.window}"
+                self.tracker.event("resumed", f"the stream goes on from the snapshot of {at}", step=step)
+            elif begun:
+                self.tracker.event("resumed", "there is no snapshot yet, so the stream begins anew", step=0)
+            self._windows.begin()
+            self.planner = Planner(self.source, self._windows, self.config.stream, training.position)
+            threading.Thread(
+                target=self.planner.run, args=(self.folder.stop.exists,), name="planner", daemon=True
+            ).start()
+        torch.distributed.barrier()  # the mark of an earlier end is gone
+
+    def _learn(self) -> None:
+        """Window after window, batch after batch; leaves when the stream ends, is stopped or has had its steps."""
+        training, settings = self.training, self.config.training
+        skip = training.batches_done
+        for item in self._reading().follow(training.position.window, training.position.latest):
+            if isinstance(item, Opening):
+                self._open(item)
+            elif skip:
+                skip -= 1
+            else:
+                training.learn(item)
+                self._after_step()
+            if self._opening is not None and training.batches_done == self._opening.batches:
+                self._close()
+            if training.stop or training.done >= settings.last_step:
+                return
+            if training.guard.in_a_row >= settings.max_skipped:
+                return
+
+    def _reading(self) -> Reading:
+        config, stream = self.config, self.config.stream
+        length = config.data.sequence_length
+        return Reading(
+            source=self.source,
+            folder=self.folder.path / "windows",
+            rules=Rules(stream.lateness, stream.late == "aside"),
+            tokenizer=Tokenizer.load(self.folder.tokenizer, config.data.separator),
+            length=length,
+            rows=config.training.batch_tokens // length,
+            rank=self.training.rank,
+            world=self.training.world,
+        )
+
+    def _open(self, opening: Opening) -> None:
+        """Begin a window; of one that was begun before the snapshot, the books know already."""
+        self._opening = opening
+        counted = opening.summary["counted"]
+        records, dead = (sum(each[name] for each in counted) for name in ("records", "dead"))
+        share = self.config.stream.dead_share
+        if dead > max(1, share * records):
+            first = opening.summary["letters"][0]
+            raise DataError(
+                f"window {opening.summary['window']}: {dead} of {records} records are broken, more than "
+                f"stream.dead_share={share:g} allows; the first stands in {first['partition']} at offset "
+                f"{first['offset']}: {first['reason']}. Nothing of the window was trained on: mend the source's "
+                "reading (data.column, stream.*_column), or allow more"
+            )
+        if self.books is not None and self.training.batches_done == 0:
+            self.books.set_aside(opening.summary)
+
+    def _close(self) -> None:
+        """End a window: it goes into the ledger with the next snapshot."""
+        training, opening = self.training, self._opening
+        assert opening is not None
+        if self.books is not None:
+            updates = [training.levels.updates[str(level.name)] for level in self.config.levels]
+            size = training.window_bytes
+            loss = training.window_nats / math.log(2) / size if size else None
+            self.books.enter(opening.summary, training.done, loss, updates)
+        training.close(opening)
+        self._opening = None
+        if self.planner is not None:
+            self.planner.consumed = training.position.window
+
+    def _after_step(self) -> None:
+        """Log and save where it is due."""
+        training, settings = self.training, self.config.training
+        if training.refused and self.tracker is not None:
+            self.tracker.event("skipped", f"step {training.done} moved nothing: {training.refused}")
+        last = training.done >= settings.last_step
+        record = training.record() if last or training.done % settings.log_every == 0 else {}
+        if record and self.tracker is not None:
+            self.tracker.log(record, training.done)
+        due = settings.checkpoint_every and training.done % settings.checkpoint_every == 0
+        if (due and not training.guard.in_a_row) or training.stop:
+            self._save(record)
+        self.keeper.tell()
+
+    def _save(self, record: dict[str, float]) -> None:
+        training = self.training
+        if self.books is not None:
+            good = self.keeper.settled()
+            training.files = self.books.commit(training.done, None if good is None else good.step)
+        self.keeper.save(record)
+        self._saved = (training.position.window, training.batches_done)
+        if self.books is not None:
+            if len(self._kept) == self._kept.maxlen:
+                self._windows.forget(self._kept[0])
+            self._kept.append(training.position.window)
+
+    def _figures(self, status: str) -> dict[str, Any]:
+        training = self.training
+        return {
+            "status": status,
+            "steps": training.done,
+            "tokens": training.done * self.config.training.batch_tokens,
+            "train_loss": training.loss if math.isfinite(training.loss) else None,
+            "tokens_per_second": None,
+            "prequential_bits_per_byte": training.prequential.bits_per_byte,
+            "dead_letters": training.counts["dead"],
+            "records": training.counts["records"],
+            "windows": training.position.window,
+        }

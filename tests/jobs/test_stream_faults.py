@@ -1,0 +1,227 @@
+"""A stream loses nothing: whatever is killed, weights, losses and ledger are those of a run that nothing happened to.
+
+Every fault is real: a signal to a real process, a file changed on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from tests.jobs.test_faults import Run, events
+
+STEPS = 60
+#: Periods of 7 and 5 steps are in the middle of an accumulation at most snapshots.
+JOB = [
+    *("training.batch_tokens=256", "data.sequence_length=64", "training.log_every=1", "training.warmup_steps=2"),
+    *("training.schedule=constant", "training.evaluate_every=0", "training.checkpoint_every=10"),
+    *("model.width=32", "model.heads=1", "model.layers=1", "training.zero_stage=2"),
+    *("levels=[{width: 32, period: 7}, {width: 32, period: 5, optimizer: sgd}]", "stream.window_bytes=2000"),
+    "stream.dead_share=0.5",
+]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Records of 200 bytes, every twentieth of them broken."""
+    folder = tmp_path_factory.mktemp("texts")
+    for name in ("a", "b"):
+        with (folder / f"{name}.jsonl").open("w") as file:
+            for number in range(150):
+                good = json.dumps({"text": f"{name} record {number}: " + f"{number * 7919 % 1000} words " * 14})
+                file.write((good if number % 20 != 13 else "{broken") + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+def begin(runs: Path, texts: Path, *more: str, workers: int = 1, steps: int | None = STEPS) -> Run:
+    limit = "null" if steps is None else steps
+    places = [f"data.source={texts}", f"training.workers={workers}", f"training.steps={limit}"]
+    return Run(runs, "stream", "jobs/five-domains.yaml", *JOB, *places, *more)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that must be equal to the bit."""
+    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    # Which snapshot a line came with depends on when there was one; what was learnt does not.
+    entries = [{key: value for key, value in line.items() if key not in ("ckpt_id", "previous")} for line in ledger]
+    return {
+        "weights": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+        "losses": [(record["step"], record["train/loss"], record["prequential/bits_per_byte"]) for record in records],
+        "ledger": entries,
+        "letters": (folder / "dead_letters.jsonl").read_text(),
+    }
+
+
+def verified(runs: Path, folder: Path) -> dict[str, Any]:
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    code, found, said = Run(runs, "stream", "--verify", run_id).ended()
+    assert code == 0 and found["ok"], said
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(runs: Path, texts: Path) -> dict[str, Any]:
+    run = begin(runs, texts)
+    folder = run.folder()
+    code, summary, said = run.ended()
+    assert code == 0 and summary["status"] == "finished" and summary["steps"] == STEPS, said
+    found = outcome(folder)
+    assert len(found["losses"]) == STEPS
+    assert found["letters"].count("\n") == summary["dead_letters"] + found["letters"].count(
+        f'"window_id": {summary["windows"]},'
+    )
+    proof = verified(runs, folder)
+    assert (proof["gaps"], proof["overlaps"], proof["dead_letters"]) == (0, 0, summary["dead_letters"])
+    assert proof["records"] == summary["records"] > 100 and summary["dead_letters"] >= 5
+    first = json.loads(found["letters"].splitlines()[0])
+    assert first["reason"].startswith("no JSON") and first["sha256"] == hashlib.sha256(b"{broken\n").hexdigest()
+    return found
+
+
+def test_a_killed_worker(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
+    run = begin(runs, texts)
+    folder = run.reaches(27)
+    run.workers()[0].kill()
+    killed = time.monotonic()
+    run.until(lambda: bool(events(folder, "resumed")))
+    recovered = time.monotonic() - killed
+    code, _, said = run.ended()
+    assert code == 0, said
+    assert outcome(folder) == undisturbed
+    assert recovered < 45
+    verified(runs, folder)
+
+
+def test_a_killed_driver_and_a_truncated_snapshot(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
+    run = begin(runs, texts)
+    folder = run.reaches(34)
+    run.kill()
+    newest = max((folder / "checkpoints").glob("step-*"))
+    shard = newest / "rank-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    code, _, said = Run(runs, "stream", "--resume", run_id).ended()
+    assert code == 0, said
+    assert "a checkpoint is damaged, so the one before it is used" in said
+    assert outcome(folder) == undisturbed
+    verified(runs, folder)
+
+
+def test_the_head_of_ray_is_killed(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
+    run = begin(runs, texts)
+    folder = run.reaches(25)
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    (head,) = (child for child in children if child.name().startswith("gcs_server"))
+    workers = run.workers()
+    head.kill()
+    code, _, said = run.ended()
+    assert code != 0, said
+    psutil.wait_procs(workers, timeout=60)
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    code, _, said = Run(runs, "stream", "--resume", run_id).ended()
+    assert code == 0, said
+    assert outcome(folder) == undisturbed
+    verified(runs, folder)
+
+
+def test_an_interrupted_stream_goes_on(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
+    run = begin(runs, texts)
+    folder = run.reaches(23)
+    run.process.send_signal(signal.SIGTERM)
+    code, summary, said = run.ended()
+    assert (code, summary["status"]) == (130, "interrupted"), said
+    code, _, said = Run(runs, "stream", "--resume", summary["run_id"]).ended()
+    assert code == 0, said
+    assert outcome(folder) == undisturbed
+
+
+def test_without_the_accumulators_it_is_another_run(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
+    """The negative control: what the snapshot holds of half-filled accumulators is what makes runs equal."""
+    from nestling.checkpoint import Store
+
+    run = begin(runs, texts)
+    folder = run.reaches(27)
+    run.kill()
+    zero_accumulators(Store(folder / "checkpoints"))
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    code, _, said = Run(runs, "stream", "--resume", run_id).ended()
+    assert code == 0, said
+    found = outcome(folder)
+    assert found["weights"] != undisturbed["weights"] and found["losses"] != undisturbed["losses"]
+    assert max(abs(a[1] - b[1]) for a, b in zip(found["losses"], undisturbed["losses"], strict=True)) < 0.1
+
+
+def zero_accumulators(store: Any) -> None:
+    """Save the newest snapshot again with empty accumulators, and with a manifest that is right."""
+    import torch
+
+    from nestling.checkpoint import Piece, Saver
+
+    checkpoint = store.checkpoints()[0]
+    found = store.open(checkpoint)
+    pieces = []
+    for name, size in found.pieces.sizes.items():
+        data = found.pieces.read(name, 0, size)
+        pieces.append(Piece(name, 0, torch.zeros_like(data) if name.startswith("accumulator/") else data.clone()))
+    assert any(name.startswith("accumulator/") for name in found.pieces.sizes)
+    saver = Saver(store, 0, 1, 5, 0, lambda *_: None, lambda *_: None)
+    saver.write(checkpoint.step, "other", pieces, found.documents)
+    saver.commit()
+    assert saver.wait()
+
+
+def test_two_workers_learn_the_same_batches(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
+    run = begin(runs, texts, workers=2)
+    folder = run.folder()
+    code, _, said = run.ended()
+    assert code == 0, said
+    found = outcome(folder)
+    ours = [{**line, "preq_loss": None} for line in found["ledger"]]
+    assert ours == [{**line, "preq_loss": None} for line in undisturbed["ledger"]]
+    for one, two in list(zip(undisturbed["losses"], found["losses"], strict=True))[:50]:
+        assert two[1] == pytest.approx(one[1], rel=1e-5)
+
+
+def test_too_many_broken_records_stop_the_stream(runs: Path, texts: Path) -> None:
+    run = begin(runs, texts, "stream.dead_share=0.01", "stream.window_bytes=20000")
+    folder = run.folder()
+    code, summary, said = run.ended()
+    assert code == 1 and summary["status"] == "failed"
+    assert "records are broken, more than stream.dead_share=0.01 allows; the first stands in" in said
+    assert not (folder / "log.jsonl").read_text()
+
+
+def test_a_stream_without_end_learns_what_comes_and_stops_when_told(runs: Path, texts: Path, tmp_path: Path) -> None:
+    for file in texts.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    run = begin(runs, tmp_path, "stream.close_after=0.5", steps=None)
+    folder = run.reaches(100)
+    with (tmp_path / "a.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "what came later " * 30}) + "\n")
+    ledger = folder / "log.jsonl"
+
+    def learnt() -> bool:
+        lines = ledger.read_text().splitlines()
+        return bool(lines) and json.loads(lines[-1])["prequential/bytes"] >= last + 480
+
+    lines = ledger.read_text().splitlines()
+    last = json.loads(lines[-1])["prequential/bytes"]
+    run.until(learnt)
+    run.process.send_signal(signal.SIGTERM)
+    code, summary, said = run.ended()
+    assert (code, summary["status"]) == (130, "interrupted"), said
+    assert verified(runs, folder)["records"] == 301

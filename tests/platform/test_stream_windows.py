@@ -1,0 +1,215 @@
+"""Windows: bounded, planned once, complete in themselves; and what a batch of them holds."""
+
+import json
+import threading
+import time
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from nestling.config.stream import StreamConfig
+from nestling.data import IGNORED, DataError, Tokenizer
+from nestling.data.streams import Interval, Planner, Position, Record, Rules, StreamSource, WindowFolder
+from nestling.data.streams.content import batches, read_window
+from nestling.data.streams.reader import Reading
+from nestling.data.streams.windows import Arrivals, Plan
+
+
+class Lists(StreamSource):
+    """Partitions that are lists of texts in memory, each with its event time."""
+
+    name = "lists"
+
+    def __init__(self, **partitions):
+        self.partitions = partitions
+        self.finite = True
+
+    def ends(self, offsets):
+        return {name: len(texts) for name, texts in self.partitions.items()}
+
+    def ended(self, offsets):
+        return self.finite and all(offsets.get(name, 0) >= len(texts) for name, texts in self.partitions.items())
+
+    def read(self, interval):
+        for offset in range(interval.start, interval.end):
+            text, at = self.partitions[interval.partition][offset]
+            yield Record(interval.partition, offset, offset + 1, text, str(offset), at, interval.partition)
+
+
+def texts(count, size=10, at=0.0):
+    return [(f"{n:0{size}}", at + n) for n in range(count)]
+
+
+def planned(source, folder, position=None, **settings):
+    """All windows of a source that ends, as the planner writes them."""
+    config = StreamConfig(**{"window_bytes": 35, "windows_ahead": 100, "poll_every": 0.01, "close_after": 0} | settings)
+    windows = WindowFolder(folder)
+    windows.begin()
+    planner = Planner(source, windows, config, position or Position())
+    planner.run(lambda: False)
+    plans, number = [], (position or Position()).window
+    while (plan := windows.plan(number)) is not None:
+        plans.append(plan)
+        number += 1
+    assert windows.ended(number) == ""
+    return plans
+
+
+def abut(plans):
+    ends = {}
+    for plan in plans:
+        for interval in plan.intervals:
+            assert ends.get(interval.partition, 0) == interval.start < interval.end
+            ends[interval.partition] = interval.end
+    return ends
+
+
+def test_windows_abut_and_hold_no_more_than_they_should(tmp_path):
+    source = Lists(a=texts(23), b=texts(9))
+    plans = planned(source, tmp_path)
+    assert abut(plans) == {"a": 23, "b": 9}
+    sizes = [sum(10 * (i.end - i.start) for i in plan.intervals) for plan in plans]
+    assert all(size == 40 for size in sizes[:-1]) and 0 < sizes[-1] <= 40
+
+
+def test_a_planned_window_stays_though_more_has_come(tmp_path):
+    source = Lists(a=texts(5))
+    before = planned(source, tmp_path)
+    source.partitions["a"] = texts(50)
+    source.partitions["0"] = texts(50)  # would come first
+    after = planned(source, tmp_path)
+    assert after[: len(before)] == before and len(after) > len(before)
+    abut(after)
+    # And without what was written down it would have come differently.
+    assert planned(source, tmp_path / "other")[: len(before)] != before
+
+
+def test_a_partition_that_grows_without_end_does_not_keep_others_waiting():
+    source = Lists(a=texts(10), b=texts(10))
+    arrivals = Arrivals(source, {})
+    seen = []
+    for _ in range(12):
+        arrivals.look()
+        intervals, _ = arrivals.take(30)
+        seen += [interval.partition for interval in intervals]
+        source.partitions["a"] = source.partitions["a"] + texts(10)
+    assert "b" in seen[:6]
+
+
+def test_no_window_is_planned_further_ahead_than_configured(tmp_path):
+    config = StreamConfig(window_bytes=10, windows_ahead=3, poll_every=0.01)
+    source, windows, stop = Lists(a=texts(10_000)), WindowFolder(tmp_path), threading.Event()
+    windows.begin()
+    planner = Planner(source, windows, config, Position())
+    thread = threading.Thread(target=planner.run, args=(stop.is_set,))
+    thread.start()
+    try:
+        for consumed in (0, 1, 5):
+            planner.consumed = consumed
+            deadline = time.monotonic() + 5
+            while windows.plan(consumed + 3) is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.1)
+            assert windows.plan(consumed + 3) is not None and windows.plan(consumed + 4) is None
+    finally:
+        stop.set()
+        thread.join()
+    assert windows.ended(10_000) == ""
+
+
+def test_a_small_window_is_closed_after_a_while(tmp_path):
+    config = StreamConfig(window_bytes=1000, close_after=0.3, poll_every=0.01)
+    source, windows, stop = Lists(a=texts(2)), WindowFolder(tmp_path), threading.Event()
+    source.finite = False
+    windows.begin()
+    thread = threading.Thread(target=Planner(source, windows, config, Position()).run, args=(stop.is_set,))
+    thread.start()
+    try:
+        time.sleep(0.1)
+        assert windows.plan(0) is None
+        source.partitions["a"] = texts(3)  # comes before the window is closed, and so into it
+        time.sleep(0.6)
+        assert windows.plan(0) == Plan(0, (Interval("a", 0, 3),))
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_an_error_of_the_source_ends_the_stream_with_its_reason(tmp_path):
+    class Gone(Lists):
+        def ends(self, offsets):
+            raise DataError("the disk is gone")
+
+    windows = WindowFolder(tmp_path)
+    windows.begin()
+    Planner(Gone(), windows, StreamConfig(), Position()).run(lambda: False)
+    with pytest.raises(DataError, match="the disk is gone"):
+        windows.wait(0)
+
+
+def test_every_token_is_predicted_once_and_every_byte_counted():
+    tokenizer = Tokenizer.bytes()
+    records = [
+        Record("a", 0, 1, "héllo", "", None, "x"),
+        Record("a", 1, 2, "line\n", "", None, "y", whole=False),
+        Record("a", 2, 3, "more text that is long", "", None, "x"),
+    ]
+    made = batches(records, tokenizer, length=4, rows=3)
+    targets = np.concatenate([batch.targets.flatten() for batch in made])
+    flat = np.concatenate([np.frombuffer(b, np.uint8).astype(int) for b in (b"h\xc3\xa9llo",)]).tolist() + [256]
+    flat += [*b"line\n", *b"more text that is long", 256]
+    assert targets[: len(flat)].tolist() == flat and (targets[len(flat) :] == IGNORED).all()
+    inputs = np.concatenate([batch.inputs.flatten() for batch in made])
+    assert inputs[0] == 256 and inputs[1 : len(flat)].tolist() == flat[:-1]
+    sizes = {}
+    for batch in made:
+        for name, size in zip(batch.names, batch.bytes, strict=True):
+            sizes[name] = sizes.get(name, 0) + size
+        names = np.array(batch.names)[batch.domains[batch.targets != IGNORED]]
+        assert set(names) <= set(batch.names)
+    assert sizes == {"x": 6 + 22, "y": 5}
+    assert batches([], tokenizer, 4, 3) == []
+
+
+def test_late_records_are_told_by_what_earlier_windows_saw():
+    source = Lists(a=[("new", 100.0), ("old", 50.0), ("older", 10.0)])
+    first = read_window(source, Plan(0, (Interval("a", 0, 2),)), Rules(lateness=60.0), None)
+    assert (len(first.trained), first.latest) == (2, 100.0)
+    second = read_window(source, Plan(1, (Interval("a", 2, 3),)), Rules(lateness=60.0), first.latest)
+    assert [record.text for record in second.late] == ["older"] and second.trained == []
+    assert second.counted[0].late == 1 and second.latest == 100.0
+    trained = read_window(source, Plan(1, (Interval("a", 2, 3),)), Rules(60.0, aside=False), first.latest)
+    assert len(trained.trained) == 1 and trained.counted[0].late == 1 and trained.late == []
+
+
+def test_two_readers_get_the_rows_of_the_same_batches(tmp_path):
+    source = Lists(a=texts(23))
+    planned(source, tmp_path)
+
+    def read(rank, world, window=0):
+        reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4, rank, world)
+        return [reading._parsed(table) for table in reading.tables(window, None)]
+
+    whole, halves = read(0, 1), (read(0, 2), read(1, 2))
+    assert len(whole) == len(halves[0]) == len(halves[1]) > 10
+    for one, left, right in zip(whole, *halves, strict=True):
+        if hasattr(one, "targets"):
+            assert (one.targets == np.concatenate([left.targets, right.targets])).all()
+            assert (one.domains == np.concatenate([left.domains, right.domains])).all()
+        else:
+            assert json.dumps(one.summary) == json.dumps(left.summary) == json.dumps(right.summary)
+    later = read(0, 1, window=2)
+    assert len(later) < len(whole) and json.dumps(later[0].summary) in [
+        json.dumps(one.summary) for one in whole if hasattr(one, "summary")
+    ]
+    assert all(
+        a.summary["window"] + 1 == b.summary["window"] for a, b in pairwise(o for o in whole if hasattr(o, "summary"))
+    )
+
+
+def test_windows_that_no_snapshot_needs_are_forgotten(tmp_path):
+    windows = WindowFolder(tmp_path)
+    planned(Lists(a=texts(23)), tmp_path)
+    windows.forget(3)
+    assert windows.plan(2) is None and windows.plan(3) is not None
