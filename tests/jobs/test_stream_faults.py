@@ -81,12 +81,12 @@ def undisturbed(runs: Path, texts: Path) -> dict[str, Any]:
     assert code == 0 and summary["status"] == "finished" and summary["steps"] == STEPS, said
     found = outcome(folder)
     assert len(found["losses"]) == STEPS
-    assert found["letters"].count("\n") == summary["dead_letters"] + found["letters"].count(
-        f'"window_id": {summary["windows"]},'
-    )
+    begun = f'"window_id": {summary["windows"]},'  # a window that the last step has left unfinished
+    letters = found["letters"].splitlines()
+    assert summary["dead_letters"] == sum(begun not in letter for letter in letters)
     proof = verified(runs, folder)
     assert (proof["gaps"], proof["overlaps"], proof["dead_letters"]) == (0, 0, summary["dead_letters"])
-    assert proof["records"] == summary["records"] > 100 and summary["dead_letters"] >= 5
+    assert proof["records"] == summary["records"] > 60 and summary["dead_letters"] >= 3
     first = json.loads(found["letters"].splitlines()[0])
     assert first["reason"].startswith("no JSON") and first["sha256"] == hashlib.sha256(b"{broken\n").hexdigest()
     return found
