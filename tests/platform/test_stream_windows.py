@@ -183,6 +183,18 @@ def test_late_records_are_told_by_what_earlier_windows_saw():
     assert len(trained.trained) == 1 and trained.counted[0].late == 1 and trained.late == []
 
 
+def test_what_is_held_out_goes_by_its_text_alone():
+    source = Lists(a=texts(500), b=texts(500)[::-1])
+    content = read_window(source, Plan(0, (Interval("a", 0, 500), Interval("b", 0, 500))), Rules(held_percent=10), None)
+    held = {record.text for record in content.held}
+    assert 25 < len(held) < 80 and len(content.held) == 2 * len(held)  # the same texts in both partitions
+    assert held.isdisjoint(record.text for record in content.trained)
+    assert [counted.held for counted in content.counted] == [len(held), len(held)]
+    assert content.summary()["held"][0] == {"domain": "a", "text": content.held[0].text}
+    none = read_window(source, content.plan, Rules(), None)
+    assert not none.held and len(none.trained) == 1000
+
+
 def test_two_readers_get_the_rows_of_the_same_batches(tmp_path):
     source = Lists(a=texts(23))
     planned(source, tmp_path)

@@ -28,6 +28,7 @@ from nestling.jobs.output import log_to_terminal
 from nestling.jobs.reproduce import reproduce
 from nestling.jobs.resume import resume
 from nestling.jobs.runs import runs
+from nestling.jobs.status import status
 from nestling.jobs.stream import stream
 from nestling.jobs.tokenizer import tokenizer
 from nestling.jobs.train import train
@@ -69,6 +70,7 @@ for _verb in (
     train,
     resume,
     stream,
+    status,
     adapt,
     evaluate,
     generate,

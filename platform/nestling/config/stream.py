@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from nestling.config.checks import fraction, need, not_negative, whole
+from nestling.config.checks import fraction, need, not_negative, positive, whole
 
 
 @dataclass
@@ -40,12 +40,27 @@ class StreamConfig:
     lateness: float | None = None
     #: What becomes of late records: `aside` writes them to late.jsonl, `train` trains on them and counts them.
     late: Literal["aside", "train"] = "aside"
+    #: Share of the records, in per cent, that is held out as probes: by a hash of the text, and for good.
+    probe_percent: float = 2.0
+    #: Bytes of probes kept of each domain.
+    probe_bytes: int = 16384
+    #: Steps from one evaluation of the probes to the next; 0: none, and nothing is held out.
+    probe_every: int = 200
+    #: The drift detector (Page-Hinkley, one-sided) on the loss before learning, in bits per byte: the rise that it
+    #: tolerates, and the sum of rises beyond that at which it gives the alarm.
+    drift_delta: float = 0.05
+    drift_threshold: float = 3.0
     #: Factor of the fading prequential loss: how much of the past is left after a step.
     fading: float = 0.98
 
     def __post_init__(self) -> None:
         need("stream", self, "at least 1", whole, "window_bytes", "windows_ahead", "record_bytes")
         need("stream", self, "a finite value of at least 0", not_negative, "close_after", "settle_after", "lateness")
+        need("stream", self, "at least 1", whole, "probe_bytes")
+        need("stream", self, "at least 0", lambda value: value >= 0, "probe_every")
+        need("stream", self, "at least 0 and below 100", lambda value: 0 <= value < 100, "probe_percent")
+        need("stream", self, "a finite value of at least 0", not_negative, "drift_delta")
+        need("stream", self, "a finite value above 0", positive, "drift_threshold")
         need("stream", self, "a value from 0.01 on", lambda value: value >= 0.01, "poll_every")
         need("stream", self, "a fraction from 0 to 1", fraction, "dead_share")
         need("stream", self, "a value above 0 and at most 1", lambda value: 0 < value <= 1, "fading")

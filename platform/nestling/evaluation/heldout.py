@@ -165,15 +165,15 @@ def _measure(model: Reader, part: Part, length: int, tokens: int, rank: int, wor
     heldout = part.heldout.tokens
     length = min(length, len(heldout) - 1)
     rows = _rows(heldout, length, round(tokens * part.weight) // length)
-    losses = _losses(model, rows, rank, world)
+    losses = token_losses(model, rows, rank, world)
     gates = _gates(model, rows[:BATCH])
     control = _spread(len(rows), round(CONTROL_TOKENS * part.weight) // length)
     writes_off = levels_still = None
     if gates:
         with _writes_off(model):
-            writes_off = _losses(model, rows[control], rank, world).mean().item()
+            writes_off = token_losses(model, rows[control], rank, world).mean().item()
     if isinstance(model, Continuum):
-        levels_still = _losses(model.model, rows[control], rank, world).mean().item()
+        levels_still = token_losses(model.model, rows[control], rank, world).mean().item()
     copies = _copies(model, heldout, length, round(PASSAGES * part.weight), rank, world)
     return _Measured(part, losses, control, writes_off, levels_still, copies, gates)
 
@@ -205,7 +205,7 @@ def _spread(count: int, wanted: int) -> np.ndarray:
     return np.arange(chosen) * count // chosen
 
 
-def _losses(model: Reader, rows: np.ndarray, rank: int, world: int) -> Tensor:
+def token_losses(model: Reader, rows: np.ndarray, rank: int, world: int) -> Tensor:
     """Nats of every token (rows, T) float64 on the CPU; batches go round the ranks, the last round filled up."""
     device = next(model.parameters()).device
     batches = [rows[start : start + BATCH] for start in range(0, len(rows), BATCH)]
@@ -234,7 +234,7 @@ def _copies(
     passages = tokens[starts[:, None] + np.arange(size)].astype(np.int64)
     results = []
     for before in (passages, np.roll(passages, count // 2, axis=0)):
-        losses = _losses(model, np.concatenate([before, passages], axis=1), rank, world)
+        losses = token_losses(model, np.concatenate([before, passages], axis=1), rank, world)
         results.append(losses[:, size:].mean().item())  # from the passage's second token on
     return results[0], results[1]
 
@@ -261,7 +261,7 @@ def _gates(model: Reader, rows: np.ndarray) -> list[tuple[float, float]]:
         layer.gate_log = []
     try:
         if layers:
-            _losses(model, rows, rank=0, world=1)
+            token_losses(model, rows, rank=0, world=1)
         logs = [np.array(layer.gate_log) for layer in layers]
         return [tuple(np.average(log[:, :2], axis=0, weights=log[:, 2])) for log in logs]
     finally:

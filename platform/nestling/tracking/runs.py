@@ -123,6 +123,11 @@ class RunFolder:
         return self.path / "pretrained"
 
     @property
+    def position(self) -> Path:
+        """Where a stream stands, `position.json`."""
+        return self.path / "position.json"
+
+    @property
     def evaluation(self) -> Path:
         """The last evaluation's figures, `evaluation.json`."""
         return self.path / "evaluation.json"
@@ -205,6 +210,10 @@ class RunFolder:
         lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def last_values(self) -> dict[str, float]:
+        """The last value of everything that the end of the log holds."""
+        return {key: value for record in self._last_records() for key, value in record.items()}
+
     def _last_records(self) -> list[dict[str, float]]:
         """The records at the end of the log, which may be longer than anybody wants to read."""
         if not self.log.exists():
@@ -219,7 +228,7 @@ class RunFolder:
         """`info` with `steps`, `tokens` and `train_loss`: of a run that did not finish, those of the log's end."""
         info = self.info()
         if info.get("steps") is None:
-            last = {key: value for record in self._last_records() for key, value in record.items()}
+            last = self.last_values()
             tokens = last.get("train/tokens")
             info["steps"], info["train_loss"] = last.get("step"), last.get("train/loss")
             info["tokens"] = None if tokens is None else int(tokens)

@@ -61,6 +61,7 @@ class Books:
                     "n_records": counted["records"],
                     "n_dead": counted["dead"],
                     "n_late": counted["late"],
+                    "n_held": counted["held"],
                     "sha256_of_record_ids": counted["sha256_of_record_ids"],
                     "preq_loss": loss,
                     "level_updates": list(updates),

@@ -5,6 +5,7 @@ Every batch is scored by the step that trains on it, before it moves anything, s
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +19,9 @@ from torch import Tensor
 from nestling.config import JobConfig
 from nestling.data.feed import IGNORED
 from nestling.data.streams import Batch, Opening, Position
+from nestling.evaluation.drift import PageHinkley
 from nestling.evaluation.prequential import Prequential
+from nestling.evaluation.probes import Probes
 from nestling.training.guard import Guard
 from nestling.training.loop import TrainingLoop
 
@@ -30,7 +33,8 @@ class StreamTraining(TrainingLoop):
         position: where the next window begins.
         batches_done: batches of that window that were trained on.
         counts: records trained on, broken and late so far, whole windows only.
-        prequential: the losses before learning; `window_bits` and `window_bytes` those of the present window.
+        prequential: the losses before learning; `window_nats` and `window_bytes` are those of the present window.
+        probes, detector: what is held out, and the detector of drift.
     """
 
     def __init__(
@@ -47,6 +51,10 @@ class StreamTraining(TrainingLoop):
         self.position, self.batches_done = Position(), 0
         self.counts = {"records": 0, "dead": 0, "late": 0}
         self.prequential = Prequential(config.stream.fading)
+        self.probes = Probes(config.stream.probe_bytes)
+        self.detector = PageHinkley(config.stream.drift_delta, config.stream.drift_threshold)
+        #: Steps at which the detector gave the alarm.
+        self.drifts: list[int] = []
         self.window_nats = self.window_bytes = 0.0
         #: What else the snapshot says, kept by rank 0's worker.
         self.files: dict[str, Any] = {}
@@ -67,8 +75,11 @@ class StreamTraining(TrainingLoop):
         dist.all_reduce(nats)
         by_domain = dict(zip(batch.names, nats.tolist(), strict=True))
         self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
-        self.window_nats += sum(by_domain.values())
-        self.window_bytes += sum(batch.bytes)
+        total, size = sum(by_domain.values()), sum(batch.bytes)
+        if size and self.detector.add(total / math.log(2) / size):
+            self.drifts.append(self.done)
+        self.window_nats += total
+        self.window_bytes += size
         self.batches_done += 1
 
     def close(self, opening: Opening) -> None:
@@ -82,8 +93,8 @@ class StreamTraining(TrainingLoop):
 
     def record(self) -> dict[str, float]:
         counts = {f"stream/{name}": float(value) for name, value in self.counts.items()}
-        window = {"stream/window": float(self.position.window)}
-        return super().record() | self.prequential.metrics() | counts | window
+        others = {"stream/window": float(self.position.window), "stream/drifts": float(len(self.drifts))}
+        return super().record() | self.prequential.metrics() | counts | others
 
     def state(self) -> dict[str, Any]:
         return super().state() | {
@@ -92,6 +103,9 @@ class StreamTraining(TrainingLoop):
                 "batches_done": self.batches_done,
                 "counts": self.counts,
                 "prequential": self.prequential.state(),
+                "probes": self.probes.state(),
+                "detector": self.detector.state(),
+                "drifts": self.drifts,
                 "window": [self.window_nats, self.window_bytes],
                 "files": self.files,
             }
@@ -103,6 +117,9 @@ class StreamTraining(TrainingLoop):
         self.position, self.batches_done = Position(**stream["position"]), stream["batches_done"]
         self.counts = dict(stream["counts"])
         self.prequential.load(stream["prequential"])
+        self.probes.load(stream["probes"])
+        self.detector.load(stream["detector"])
+        self.drifts = list(stream["drifts"])
         self.window_nats, self.window_bytes = stream["window"]
         self.files = stream["files"]
 

@@ -18,7 +18,9 @@ from nestling.checkpoint import ResumeError, Store, export_weights, run_store
 from nestling.config import from_yaml
 from nestling.data import DataError, Tokenizer
 from nestling.data.streams import Opening, Planner, Reading, Rules, WindowFolder, open_stream
+from nestling.evaluation.probes import probe_losses
 from nestling.tracking import RunFolder, Tracker
+from nestling.tracking.files import replace_json
 from nestling.training.books import Books
 from nestling.training.keeper import Keeper
 from nestling.training.stream_loop import StreamTraining
@@ -60,6 +62,7 @@ class StreamWorker:
         #: Windows at which the snapshots that are kept begin, and one more that may not be committed.
         self._kept: deque[int] = deque(maxlen=self.config.checkpoint.keep + 1)
         self._opening: Opening | None = None
+        self._tokenizer = Tokenizer.load(folder.tokenizer, self.config.data.separator)
 
     def run(self) -> dict[str, Any]:
         """The figures of the summary: `status`, and what is known of the others."""
@@ -109,6 +112,7 @@ class StreamWorker:
             elif begun:
                 self.tracker.event("resumed", "there is no snapshot yet, so the stream begins anew", step=0)
             self._windows.begin()
+            self._tell_position()
             self.planner = Planner(self.source, self._windows, self.config.stream, training.position)
             threading.Thread(
                 target=self.planner.run, args=(self.folder.stop.exists,), name="planner", daemon=True
@@ -140,8 +144,8 @@ class StreamWorker:
         return Reading(
             source=self.source,
             folder=self.folder.path / "windows",
-            rules=Rules(stream.lateness, stream.late == "aside"),
-            tokenizer=Tokenizer.load(self.folder.tokenizer, config.data.separator),
+            rules=Rules(stream.lateness, stream.late == "aside", stream.probe_percent if stream.probe_every else 0.0),
+            tokenizer=self._tokenizer,
             length=length,
             rows=config.training.batch_tokens // length,
             rank=self.training.rank,
@@ -162,6 +166,8 @@ class StreamWorker:
                 f"{first['offset']}: {first['reason']}. Nothing of the window was trained on: mend the source's "
                 "reading (data.column, stream.*_column), or allow more"
             )
+        for record in opening.summary["held"]:
+            self.training.probes.add(record["domain"], record["text"])
         if self.books is not None and self.training.batches_done == 0:
             self.books.set_aside(opening.summary)
 
@@ -176,8 +182,15 @@ class StreamWorker:
             self.books.enter(opening.summary, training.done, loss, updates)
         training.close(opening)
         self._opening = None
+        self._tell_position()
         if self.planner is not None:
             self.planner.consumed = training.position.window
+
+    def _tell_position(self) -> None:
+        """For whoever asks how the stream stands; the snapshot has its own."""
+        if self.books is not None:
+            position = self.training.position
+            replace_json(self.folder.position, {"window": position.window, "offsets": position.offsets})
 
     def _after_step(self) -> None:
         """Log and save where it is due."""
@@ -186,12 +199,26 @@ class StreamWorker:
             self.tracker.event("skipped", f"step {training.done} moved nothing: {training.refused}")
         last = training.done >= settings.last_step
         record = training.record() if last or training.done % settings.log_every == 0 else {}
+        if training.drifts[-1:] == [training.done] and self.tracker is not None:
+            message = f"step {training.done}: the loss has risen as it does when the data change"
+            self.tracker.event("drift", message, step=training.done, window=training.position.window)
+        every = self.config.stream.probe_every
+        if every and (last or training.done % every == 0):
+            record |= self._probe()
         if record and self.tracker is not None:
             self.tracker.log(record, training.done)
         due = settings.checkpoint_every and training.done % settings.checkpoint_every == 0
         if (due and not training.guard.in_a_row) or training.stop:
             self._save(record)
         self.keeper.tell()
+
+    def _probe(self) -> dict[str, float]:
+        """Evaluate the probes; every rank."""
+        training = self.training
+        length = self.config.data.sequence_length
+        losses = probe_losses(training.reader, training.probes, self._tokenizer, length, training.rank, training.world)
+        training.restart_clock()
+        return training.probes.record(losses)
 
     def _save(self, record: dict[str, float]) -> None:
         training = self.training

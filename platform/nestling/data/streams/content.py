@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from nestling.data.feed import IGNORED
+from nestling.data.split import bucket, threshold
 from nestling.data.streams.source import Broken, Interval, Record, StreamSource
 from nestling.data.streams.windows import Plan
 from nestling.data.tokenizer import Tokenizer
@@ -27,10 +28,12 @@ class Rules:
     Attributes:
         lateness: seconds by which event times may lag behind; None: nothing is late.
         aside: whether late records are set aside instead of trained on.
+        held_percent: share of the records that is held out, by a hash of their text.
     """
 
     lateness: float | None = None
     aside: bool = True
+    held_percent: float = 0.0
 
 
 @dataclass
@@ -41,6 +44,7 @@ class Counted:
     records: int = 0
     dead: int = 0
     late: int = 0
+    held: int = 0
     sha256_of_record_ids: str = ""
 
 
@@ -52,7 +56,7 @@ class Content:
         plan: which one.
         trained: its records to train on, in their order.
         counted: each of its intervals.
-        letters: its broken records; `late` its late ones that are set aside.
+        letters: its broken records; `late` its late ones that are set aside; `held` those held out as probes.
         latest: the latest event time of this and all earlier windows.
     """
 
@@ -61,6 +65,7 @@ class Content:
     counted: list[Counted] = field(default_factory=list)
     letters: list[Broken] = field(default_factory=list)
     late: list[Record] = field(default_factory=list)
+    held: list[Record] = field(default_factory=list)
     latest: float | None = None
 
     def summary(self) -> dict[str, Any]:
@@ -70,6 +75,7 @@ class Content:
             "counted": [asdict(counted) for counted in self.counted],
             "letters": [asdict(letter) for letter in self.letters],
             "late": [asdict(record) for record in self.late],
+            "held": [{"domain": record.domain, "text": record.text} for record in self.held],
             "latest": self.latest,
         }
 
@@ -111,7 +117,10 @@ def read_window(source: StreamSource, plan: Plan, rules: Rules, latest: float | 
                 continue
             late = watermark is not None and record.event_time is not None and record.event_time < watermark
             counted.late += late
-            (content.late if late and rules.aside else content.trained).append(record)
+            held = bucket(record.text) < threshold(rules.held_percent)
+            counted.held += held
+            place = content.held if held else content.late if late and rules.aside else content.trained
+            place.append(record)
             if record.event_time is not None:
                 content.latest = max(record.event_time, content.latest or record.event_time)
         counted.sha256_of_record_ids = ids.hexdigest()
