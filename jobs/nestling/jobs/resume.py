@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from nestling.jobs.arguments import AsJson, Overrides, Run, found_run
-from nestling.jobs.output import verb
+from nestling.jobs.output import WRONG_USAGE, Stop, verb
 from nestling.jobs.train import KEYS, run
 
 
@@ -15,6 +15,8 @@ def resume(reference: Run, overrides: Overrides = None, as_json: AsJson = False)
     given = overrides or []
     places = [override for override in given if override.startswith("run.dir=")]
     folder = found_run(reference, places)
+    if folder.info().get("kind") == "stream":
+        raise Stop(f"run {folder.run_id} is a stream: nestling stream --resume {folder.run_id}", WRONG_USAGE)
     from nestling.training.resume import resumed_job  # torch takes seconds
 
     config = resumed_job(folder, [override for override in given if override not in places])

@@ -115,6 +115,7 @@ def _report(summary: dict[str, Any], folder: RunFolder) -> str:
             "records": f"{summary['records']:,} in {summary['windows']:,} windows{broken}",
             "ledger": summary["ledger"],
             "folder": str(folder.path),
+            "curves": f"{folder.figure}, or in MLflow: nestling ui{place}",
             "saved": str(summary["checkpoint"]),
             "log": str(folder.ray_log),
             "go on": f"nestling stream --resume {folder.run_id}{place}",

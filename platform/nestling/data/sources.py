@@ -119,6 +119,8 @@ def _domain(spec: str, key: str) -> Domain | None:
     if not spec.startswith(_EMBEDDED):
         return None
     name = spec.removeprefix(_EMBEDDED)
+    if name.startswith("five-domains"):
+        raise DataError(f"{key}: {spec} is a stream: nestling stream JOB, and not nestling train")
     if name not in DOMAINS:
         near = "".join(f", did you mean {word!r}?" for word in difflib.get_close_matches(name, DOMAINS, n=1))
         raise DataError(f"{key}: there is no embedded domain {name!r}{near}; there are {', '.join(DOMAINS)}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from nestling.checkpoint import load_final
-from nestling.data import prepare
+from nestling.data import DataError, prepare
 from nestling.evaluation.heldout import heldout_report
 from nestling.models.config import ContinuumConfig
 from nestling.models.continuum import with_moving_levels
@@ -36,6 +36,11 @@ def evaluate(
     Raises:
         CheckpointError, DataError: what is missing, and how to fix it.
     """
+    if source is None and folder.info().get("kind") == "stream":
+        raise DataError(
+            f"run {folder.run_id} has learnt from a stream and has no held-out text but its probes (nestling status); "
+            "name a text to evaluate on, for example --data embedded:english"
+        )
     model, _, config = load_final(folder)
     data = config.data
     if source is not None:

@@ -314,11 +314,17 @@ def _sum_up(folder: RunFolder, tracked: TrackedRun, status: str, result: dict[st
 
 
 def _figure(folder: RunFolder) -> Path | None:
-    from nestling.tracking.figures import loss_figure
+    from nestling.tracking.figures import FADING, loss_figure, stream_figure
 
     records = folder.records()
     if not records:
         return None
     info = folder.info()
+    if FADING in records[-1]:
+        drifts = sorted({event["step"] for event in folder.happened() if event["kind"] == "drift"})
+        keys = dict.fromkeys(key for record in records for key in record if key.startswith("probe/"))
+        probes = [key for key in keys if key.count("/") == 2]
+        stream_figure(records, folder.figure, drifts, f"{folder.name} ({folder.run_id})", probes)
+        return folder.figure
     loss_figure(records, folder.figure, info.get("unigram_bits_per_byte"), f"{folder.name} ({folder.run_id})")
     return folder.figure

@@ -1,8 +1,8 @@
 """`embedded:five-domains`: five kinds of text, one after another, that come with Python and the packages beside it.
 
 english, unicode, cxx, js, python: far and near neighbours in turn. One partition, one pass, the domain with each
-record; `embedded:five-domains-shuffled` is the same records in a seeded order, for controls: a stream in which nothing
-changes.
+record. Within a domain records come in the order of a hash, so that nothing changes but the domain;
+`embedded:five-domains-shuffled` is all of them in such an order, for controls: a stream in which nothing changes.
 """
 
 from __future__ import annotations
@@ -43,26 +43,24 @@ class FiveDomains(StreamSource):
 @lru_cache(maxsize=2)
 def _records(shuffled: bool) -> list[tuple[str, str, str]]:
     """Domain, key and text of every record."""
-    records = [(domain, key, text) for domain in ORDER for key, text in _domain(domain)]
-    if shuffled:
-        records.sort(key=lambda record: hashlib.sha256(record[1].encode()).digest())
-    return records
+    records = [(domain, key, text) for domain in ORDER for key, text in sorted(_domain(domain), key=_by_hash)]
+    return sorted(records, key=lambda record: _by_hash(record[1:])) if shuffled else records
 
 
 def _domain(domain: str) -> Iterator[tuple[str, str]]:
-    """Pieces of documents, these in the order of a hash of their number, so that the start stands for the whole."""
-    documents = sorted(enumerate(text for _, text in DOMAINS[domain]()), key=lambda pair: _place(domain, pair[0]))
+    """Keys and pieces of documents, chosen by a hash of their number so that they stand for the whole."""
+    documents = [(f"{domain}/{number}", text) for number, (_, text) in enumerate(DOMAINS[domain]())]
     size = 0
-    for number, text in documents:
+    for name, text in sorted(documents, key=_by_hash):
         for part, piece in enumerate(_pieces(text)):
             size += len(piece.encode("utf-8"))
             if size > DOMAIN_BYTES:
                 return
-            yield f"{domain}/{number}/{part}", piece
+            yield f"{name}/{part}", piece
 
 
-def _place(domain: str, number: int) -> bytes:
-    return hashlib.sha256(f"{domain} {number}".encode()).digest()
+def _by_hash(named: tuple[str, str]) -> bytes:
+    return hashlib.sha256(named[0].encode()).digest()
 
 
 def _pieces(text: str) -> Iterator[str]:
