@@ -23,7 +23,8 @@ JOB = [
     *("training.schedule=constant", "training.evaluate_every=0", "training.checkpoint_every=10"),
     *("model.width=32", "model.heads=1", "model.layers=1", "training.zero_stage=2"),
     *("levels=[{width: 32, period: 7}, {width: 32, period: 5, optimizer: sgd}]", "stream.window_bytes=2000"),
-    "stream.dead_share=0.5",
+    *("stream.dead_share=0.5", "stream.probe_every=15", "stream.probe_percent=10", "stream.replay_share=0.1"),
+    "stream.replay_bytes=8192",
 ]
 
 pytestmark = pytest.mark.slow

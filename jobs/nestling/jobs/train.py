@@ -23,7 +23,7 @@ KEYS = (
 @verb(*KEYS)
 def train(job: Job, overrides: Overrides = None, as_json: AsJson = False) -> dict[str, Any]:
     """Train a model: JOB, with any of its keys changed."""
-    config = load(job, overrides or ())
+    config = load(job, overrides or (), streamed=False)
     try:
         folder = RunFolder.create(config.run.dir, config.run.name)
     except OSError as error:

@@ -23,12 +23,15 @@ from nestling.models.config import LevelsConfig
 
 log = logging.getLogger(__name__)
 
+#: How sources begin that only a stream can have.
+STREAMS = ("kafka://", "python:", "embedded:five-domains")
 
-def load(job: str | Path, overrides: Sequence[str] = (), streamed: bool = False) -> JobConfig:
+
+def load(job: str | Path, overrides: Sequence[str] = (), streamed: bool | None = None) -> JobConfig:
     """Reads a job file, applies overrides such as `training.steps=100` or `levels.0.period=4`, and checks the result.
 
-    `job` is a path, or the bare name of a file in `jobs/` of the current folder ("quickstart"); `streamed` says that
-    its data is to be read as a stream. Raises ConfigError.
+    `job` is a path, or the bare name of a file in `jobs/` of the current folder ("quickstart"); `streamed` says whether
+    its data is to be read as a stream, None: as what it is. Raises ConfigError.
     """
     given = _override(_read(_find(job)), overrides)
     config = build(given)
@@ -179,7 +182,7 @@ def _check_tracking(config: JobConfig) -> None:
     resolve_uri(config.tracking.uri, config.run.dir)
 
 
-def _check_data(config: JobConfig, streamed: bool) -> None:
+def _check_data(config: JobConfig, streamed: bool | None) -> None:
     # numpy, pyarrow and tokenizers are only needed here
     from nestling.data.errors import DataError
     from nestling.data.order import shares
@@ -187,6 +190,8 @@ def _check_data(config: JobConfig, streamed: bool) -> None:
     from nestling.data.sources import check_source
 
     data = config.data
+    if streamed is None:
+        streamed = config.training.steps is None or data.source.startswith(STREAMS)
     if config.training.steps is None and not streamed:
         raise ConfigError("training.steps: got null, which only a stream can have; give a number of steps")
     try:

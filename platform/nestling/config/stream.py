@@ -50,13 +50,19 @@ class StreamConfig:
     #: tolerates, and the sum of rises beyond that at which it gives the alarm.
     drift_delta: float = 0.05
     drift_threshold: float = 3.0
+    #: Replay: sequences of the past in each batch, as a share of its new ones (0.05: one to twenty, on average); 0:
+    #: none.
+    replay_share: float = 0.0
+    #: Bytes of memory for the sequences that are kept to be replayed, a uniform sample of all so far.
+    replay_bytes: int = 1 << 20
     #: Factor of the fading prequential loss: how much of the past is left after a step.
     fading: float = 0.98
 
     def __post_init__(self) -> None:
         need("stream", self, "at least 1", whole, "window_bytes", "windows_ahead", "record_bytes")
         need("stream", self, "a finite value of at least 0", not_negative, "close_after", "settle_after", "lateness")
-        need("stream", self, "at least 1", whole, "probe_bytes")
+        need("stream", self, "at least 1", whole, "probe_bytes", "replay_bytes")
+        need("stream", self, "a fraction from 0 to 1", fraction, "replay_share")
         need("stream", self, "at least 0", lambda value: value >= 0, "probe_every")
         need("stream", self, "at least 0 and below 100", lambda value: 0 <= value < 100, "probe_percent")
         need("stream", self, "a finite value of at least 0", not_negative, "drift_delta")

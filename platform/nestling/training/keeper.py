@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from nestling.checkpoint import WEIGHT, Checkpoint, ResumeError, Saver, Store
+from nestling.checkpoint import WEIGHT, Checkpoint, Piece, ResumeError, Saver, Store
 from nestling.config import to_yaml
 from nestling.tracking import Tracker
 from nestling.training.state import engine_pieces, load_engine, optimizer_scalars, random_state, set_random_state
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from nestling.training.loop import TrainingLoop
 
 FORMAT = 1
+#: How the names begin of tensors that are neither weights nor optimizer state.
+BESIDE = "beside/"
 #: Metrics that MLflow shows beside a checkpoint.
 SHOWN = ("train/loss", "heldout/loss", "heldout/bits_per_byte")
 
@@ -62,6 +64,9 @@ class Keeper:
         self._saved = False
         token = self._from_first(secrets.token_hex(4))
         pieces = engine_pieces(training.engine)
+        if self._rank == 0:
+            kept = training.tensors()
+            pieces += [Piece(BESIDE + name, 0, tensor) for name, tensor in kept.items() if tensor.numel()]
         problem = ""
         spoilt = next((piece.name for piece in pieces if not piece.data.sum().isfinite()), None)
         if spoilt:
@@ -110,6 +115,8 @@ class Keeper:
             )
         load_engine(training.engine, found.pieces, state["optimizer"])
         training.load_state(state)
+        beside = {name: size for name, size in found.pieces.sizes.items() if name.startswith(BESIDE)}
+        training.load_tensors({n.removeprefix(BESIDE): found.pieces.read(n, 0, size) for n, size in beside.items()})
         mine = json.loads(found.documents.get(f"rank-{self._rank:05}.json", "{}"))
         if mine and state["layout"] == training.layout():
             set_random_state(mine["random"])

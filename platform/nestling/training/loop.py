@@ -153,6 +153,14 @@ class TrainingLoop(ABC):
         self.levels.moved = {}
         self.guard.load(state["guard"])
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat tensors that belong into a checkpoint beside weights and optimizer state; equal on all ranks."""
+        return {}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` gave, after `load_state`."""
+        assert not tensors
+
     def load_moved(self, moved: Mapping[str, float]) -> None:
         """What this rank's shards have moved by since the last record."""
         self.levels.moved = {name: torch.tensor(norm, device=self.device) for name, norm in moved.items()}
@@ -174,15 +182,15 @@ class TrainingLoop(ABC):
             draw = random.Random(f"{self.config.seed} chunk size {self.done}")
             set_chunk_size(self.model, draw.choice(model.redraw_chunk_sizes))
         batch = (torch.from_numpy(half).to(self.device) for half in self.batch(self.done - 1 + self.passed_over))
-        size = self.engine.train_micro_batch_size_per_gpu()
-        pieces = list(zip(*(half.split(size) for half in batch), strict=True))
+        count = self.engine.gradient_accumulation_steps()
+        pieces = list(zip(*(half.tensor_split(count) for half in batch), strict=True))
         # Sum of the losses, predicted tokens, and whether to stop: what all ranks have to know before they move.
         figures = torch.zeros(3, dtype=torch.float64, device=self.device)
         figures[2] = self.rank == 0 and self._stopping()
         for place, (inputs, targets) in enumerate(pieces):
             logits, _ = self.engine(inputs)
             total = self._nats(logits, targets)
-            self.engine.backward(total / targets.numel())  # each token weighs the same, however many are masked
+            self.engine.backward(total / self._share(targets))
             figures[0] += total.detach()
             figures[1] += (targets != IGNORED).sum()
             if place == len(pieces) - 1:
@@ -197,6 +205,10 @@ class TrainingLoop(ABC):
     def _nats(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The summed loss of a micro-batch."""
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _share(self, targets: Tensor) -> float:
+        """What a micro-batch's loss is divided by: each token weighs the same, however many are masked."""
+        return targets.numel()
 
     def _judge(self, norm: float) -> bool:
         self.refused = self.guard.judge(self.loss, norm)

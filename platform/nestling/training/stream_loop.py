@@ -24,6 +24,7 @@ from nestling.evaluation.prequential import Prequential
 from nestling.evaluation.probes import Probes
 from nestling.training.guard import Guard
 from nestling.training.loop import TrainingLoop
+from nestling.training.replay import Replay
 
 
 class StreamTraining(TrainingLoop):
@@ -56,22 +57,31 @@ class StreamTraining(TrainingLoop):
         #: Steps at which the detector gave the alarm.
         self.drifts: list[int] = []
         self.window_nats = self.window_bytes = 0.0
+        stream, length = config.stream, config.data.sequence_length
+        self.replay = Replay(stream.replay_share, stream.replay_bytes, length, config.seed)
         #: What else the snapshot says, kept by rank 0's worker.
         self.files: dict[str, Any] = {}
-        self._batch: Batch | None = None
+        self._rows: tuple[np.ndarray, np.ndarray] | None = None
+        self._tokens = 0
         self._parts: list[Tensor] = []
 
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        assert self._batch is not None
-        return self._batch.inputs.astype(np.int64), self._batch.targets.astype(np.int64)
+        assert self._rows is not None
+        return self._rows
 
     def learn(self, batch: Batch) -> None:
-        """One optimizer step on a batch of the present window; all ranks with their rows of the same one."""
-        self._batch, self._parts = batch, []
+        """One optimizer step on a batch of the present window; all ranks with the same one."""
+        past = self.replay.draw(self.done + 1, len(batch.inputs))
+        halves = (self._mine(new, old) for new, old in zip((batch.inputs, batch.targets), past, strict=True))
+        inputs, targets = (np.concatenate(half).astype(np.int64) for half in halves)
+        self._rows, self._tokens, self._parts = (inputs, targets), batch.inputs.size + past[0].size, []
         self.step()
+        if not self.refused:
+            self.replay.add(batch.inputs, batch.targets)
         nats = torch.zeros(len(batch.names), dtype=torch.float64, device=self.device)
-        domains = torch.from_numpy(batch.domains.astype(np.int64)).to(self.device).flatten()
-        nats.index_add_(0, domains, torch.cat(self._parts).double())
+        (mine,) = self._mine(batch.domains)
+        domains = torch.from_numpy(mine.astype(np.int64)).to(self.device).flatten()
+        nats.index_add_(0, domains, torch.cat(self._parts)[: len(domains)].double())  # replayed ones come last
         dist.all_reduce(nats)
         by_domain = dict(zip(batch.names, nats.tolist(), strict=True))
         self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
@@ -106,6 +116,7 @@ class StreamTraining(TrainingLoop):
                 "probes": self.probes.state(),
                 "detector": self.detector.state(),
                 "drifts": self.drifts,
+                "replayed_from": self.replay.seen,
                 "window": [self.window_nats, self.window_bytes],
                 "files": self.files,
             }
@@ -120,8 +131,24 @@ class StreamTraining(TrainingLoop):
         self.probes.load(stream["probes"])
         self.detector.load(stream["detector"])
         self.drifts = list(stream["drifts"])
+        self._seen = stream["replayed_from"]
         self.window_nats, self.window_bytes = stream["window"]
         self.files = stream["files"]
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"replay": self.replay.kept()}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        self.replay.load(self._seen, tensors.get("replay", torch.zeros(0, dtype=torch.int32)))
+
+    def _mine(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """This rank's rows of each array."""
+        rank, world = self.rank, self.world
+        return [array[rank * len(array) // world : (rank + 1) * len(array) // world] for array in arrays]
+
+    def _share(self, targets: Tensor) -> float:
+        # Ranks may have different numbers of replayed rows, and the gradient is the mean over ranks and micro-batches.
+        return self._tokens / (self.world * self.engine.gradient_accumulation_steps())
 
     def _nats(self, logits: Tensor, targets: Tensor) -> Tensor:
         each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")

@@ -148,8 +148,6 @@ class StreamWorker:
             tokenizer=self._tokenizer,
             length=length,
             rows=config.training.batch_tokens // length,
-            rank=self.training.rank,
-            world=self.training.world,
         )
 
     def _open(self, opening: Opening) -> None:

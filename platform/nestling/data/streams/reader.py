@@ -1,8 +1,8 @@
-"""A rank's windows through Ray Data: one read task that never ends, one block a batch.
+"""Windows through Ray Data: one read task that never ends, one block a batch.
 
-Every rank has an iterator of its own over the same windows and takes its rows of each batch, so the number of workers
-changes no batch and no order. Ray Data's backpressure is loose; what bounds the memory is that no window is planned,
-and so none read, more than `stream.windows_ahead` beyond training.
+Every rank has an iterator of its own over the same windows and gets whole batches, of which it trains on its rows, so
+the number of workers changes no batch and no order. Ray Data's backpressure is loose; what bounds the memory is that no
+window is planned, and so none read, more than `stream.windows_ahead` beyond training.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ class Reading:
         source, folder: what is read, and the folder with the planned windows.
         rules: what decides about records.
         tokenizer, length, rows: how text becomes batches of `rows` sequences over all workers.
-        rank, world: which of them are this reader's.
     """
 
     source: StreamSource
@@ -60,8 +59,6 @@ class Reading:
     tokenizer: Tokenizer
     length: int
     rows: int
-    rank: int = 0
-    world: int = 1
 
     def tables(self, window: int, latest: float | None) -> Iterator[pa.Table]:
         """The windows from number `window` on: a table of one row for each opening, then one for each batch.
@@ -77,14 +74,13 @@ class Reading:
 
     def _tables(self, window: int, latest: float | None) -> Iterator[pa.Table]:
         folder = WindowFolder(self.folder)
-        mine = slice(self.rank * self.rows // self.world, (self.rank + 1) * self.rows // self.world)
         while (plan := folder.wait(window)) is not None:
             content = read_window(self.source, plan, self.rules, latest)
             made = batches(content.trained, self.tokenizer, self.length, self.rows)
             yield _table(json.dumps({"summary": content.summary(), "batches": len(made)}), [])
             for batch in made:
                 about = json.dumps({"names": batch.names, "bytes": batch.bytes})
-                yield _table(about, [array[mine] for array in (batch.inputs, batch.targets, batch.domains)])
+                yield _table(about, [batch.inputs, batch.targets, batch.domains])
             window, latest = window + 1, content.latest
 
     def dataset(self, window: int, latest: float | None) -> Dataset:
