@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -204,6 +205,66 @@ def test_too_many_broken_records_stop_the_stream(runs: Path, texts: Path) -> Non
     assert code == 1 and summary["status"] == "failed"
     assert "records are broken, more than stream.dead_share=0.01 allows; the first stands in" in said
     assert not (folder / "log.jsonl").read_text()
+
+
+SOURCE = """
+import base64, random
+from nestling.data.streams.five_domains import _records
+
+pieces = {name: [] for name in ("english", "cxx")}
+for domain, _, text in _records(False):
+    if domain in pieces and text.isascii():  # records of 500 bytes, 40 a window
+        pieces[domain] += [text[end - 500 : end] for end in range(500, len(text) + 1, 500)]
+noise = [base64.b64encode(random.Random(n).randbytes(375)).decode() for n in range(40)]
+clean = pieces["english"][:160] + pieces["cxx"][:80] + pieces["english"][160:200]
+noisy = clean[:160] + noise + clean[160:]
+
+
+def at(records, offset):
+    if offset >= len(records):
+        raise StopIteration
+    text = records[offset]
+    return {"text": text, "domain": "cxx" if text in pieces["cxx"] else "english"}
+
+
+def of_clean(offset):
+    return at(clean, offset)
+
+
+def of_noisy(offset):
+    return at(noisy, offset)
+"""
+
+
+def test_a_window_of_garbage_is_undone_and_a_new_domain_is_not(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The noise leaves no trace: the weights are, to the bit, those of a stream that it never came to."""
+    (tmp_path / "my_source.py").write_text(SOURCE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
+    guard = ["stream.guard=true", "stream.probe_percent=20", "stream.probe_every=1000", "stream.domain_column=domain"]
+    small = ["training.batch_tokens=512", "stream.window_bytes=20000", "training.learning_rate=0.01"]
+    found = {}
+    for name in ("clean", "noisy"):
+        run = Run(
+            runs,
+            *("stream", "jobs/five-domains.yaml", *JOB, *guard, *small, f"data.source=python:my_source:of_{name}"),
+            "training.steps=null",
+        )
+        folder = run.folder()
+        code, _, said = run.ended()
+        assert code == 0, said
+        found[name] = folder
+        proof = verified(runs, folder)
+        assert proof["records"] == (280 if name == "clean" else 320)
+    assert not events(found["clean"], "rolled-back")
+    assert not (found["clean"] / "undone.jsonl").read_text()
+    undone = [json.loads(line) for line in (found["noisy"] / "undone.jsonl").read_text().splitlines()]
+    marked = [json.loads(line) for line in (found["noisy"] / "ledger.jsonl").read_text().splitlines()]
+    assert [line["window_id"] for line in undone] == [line["window_id"] for line in marked if line.get("undone")] == [4]
+    assert [(place["start"], place["end"]) for place in undone[0]["intervals"]] == [(160, 200)]
+    assert "the loss on the probes rose by" in undone[0]["reason"]
+    assert outcome(found["noisy"])["weights"] == outcome(found["clean"])["weights"]
 
 
 def test_a_stream_without_end_learns_what_comes_and_stops_when_told(runs: Path, texts: Path, tmp_path: Path) -> None:

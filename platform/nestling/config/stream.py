@@ -50,6 +50,9 @@ class StreamConfig:
     #: tolerates, and the sum of rises beyond that at which it gives the alarm.
     drift_delta: float = 0.05
     drift_threshold: float = 3.0
+    #: Whether a window is undone that damages the probes without improving on what is held out of it. Snapshots then
+    #: lie at the end of every window, and a window needs so many records that `probe_percent` holds some out.
+    guard: bool = False
     #: Replay: sequences of the past in each batch, as a share of its new ones (0.05: one to twenty, on average); 0:
     #: none.
     replay_share: float = 0.0
@@ -70,6 +73,11 @@ class StreamConfig:
         need("stream", self, "a value from 0.01 on", lambda value: value >= 0.01, "poll_every")
         need("stream", self, "a fraction from 0 to 1", fraction, "dead_share")
         need("stream", self, "a value above 0 and at most 1", lambda value: 0 < value <= 1, "fading")
+        if self.guard and not (self.probe_every and self.probe_percent):
+            raise ValueError(
+                "stream.guard: judges windows by what is held out of them; needs stream.probe_every and "
+                "stream.probe_percent above 0"
+            )
         if self.lateness is not None and self.time_column is None:
             raise ValueError(
                 f"stream.lateness: got {self.lateness}, but records have no event time; name the field that holds it "

@@ -112,7 +112,7 @@ def check_source(spec: str, key: str = "data.source") -> None:
 
 def absolute(spec: str) -> str:
     """The source string that means the same in any folder."""
-    return spec if spec.startswith(_EMBEDDED) or is_uri(spec) else str(Path(spec).expanduser().absolute())
+    return spec if spec.startswith((_EMBEDDED, "python:")) or is_uri(spec) else str(Path(spec).expanduser().absolute())
 
 
 def _domain(spec: str, key: str) -> Domain | None:

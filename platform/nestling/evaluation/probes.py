@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -98,13 +98,19 @@ class Probes:
 
 @torch.no_grad()
 def probe_losses(
-    model: Reader, probes: Probes, tokenizer: Tokenizer, length: int, rank: int = 0, world: int = 1
+    model: Reader,
+    probes: Probes,
+    domains: Iterable[str],
+    tokenizer: Tokenizer,
+    length: int,
+    rank: int = 0,
+    world: int = 1,
 ) -> dict[str, float]:
-    """Bits per byte on the probes of each domain; every rank must call it."""
+    """Bits per byte on the probes of some domains; every rank must call it."""
     was_training = model.training
     model.eval()
     losses = {}
-    for domain in probes.domains:
+    for domain in domains:
         rows, size = probes.rows(domain, tokenizer, length)
         losses[domain] = token_losses(model, rows, rank, world).sum().item() / math.log(2) / max(size, 1)
     model.train(was_training)

@@ -1,4 +1,4 @@
-"""What a stream leaves beside its snapshots: the ledger, the dead letters, and the late records that were set aside.
+"""What a stream leaves beside its snapshots: ledger, dead letters, late records set aside, windows that were undone.
 
 Lines wait here until the snapshot that covers them, are written and synced before it, and are cut off again when a
 stream goes back to an earlier one. So each of them stands there exactly once, whatever was killed when.
@@ -14,7 +14,9 @@ from nestling.checkpoint.errors import ResumeError
 from nestling.checkpoint.ledger import Ledger, Lines
 from nestling.checkpoint.manifest import folder_name
 
-LEDGER, DEAD_LETTERS, LATE = "ledger.jsonl", "dead_letters.jsonl", "late.jsonl"
+LEDGER, DEAD_LETTERS, LATE, UNDONE = "ledger.jsonl", "dead_letters.jsonl", "late.jsonl", "undone.jsonl"
+#: Files whose lines wait here.
+ASIDE = (DEAD_LETTERS, LATE, UNDONE)
 
 
 class Books:
@@ -28,9 +30,9 @@ class Books:
     def __init__(self, folder: Path, source: str) -> None:
         self._source = source
         self._ledger = Ledger(folder / LEDGER)
-        self._letters, self._late = Lines(folder / DEAD_LETTERS), Lines(folder / LATE)
+        self._files = {name: Lines(folder / name) for name in ASIDE}
         self._entries: list[dict[str, Any]] = []
-        self._waiting: dict[str, list[dict[str, Any]]] = {DEAD_LETTERS: [], LATE: []}
+        self._waiting: dict[str, list[dict[str, Any]]] = {name: [] for name in ASIDE}
         #: The last attempt at a snapshot: its step, the ledger before it, and the lines that it was to commit.
         self._attempt: tuple[int, dict[str, Any], list[dict[str, Any]]] | None = None
 
@@ -40,8 +42,16 @@ class Books:
         self._waiting[DEAD_LETTERS] += [window | letter for letter in summary["letters"]]
         self._waiting[LATE] += [window | record for record in summary["late"]]
 
-    def enter(self, summary: Mapping[str, Any], step: int, loss: float | None, updates: Sequence[int]) -> None:
-        """A window has been trained on.
+    def undone(self, summary: Mapping[str, Any], reason: str) -> None:
+        """Keep where a window stands that was undone, for a person to look at."""
+        intervals = [counted["interval"] for counted in summary["counted"]]
+        line = {"window_id": summary["window"], "source": self._source, "intervals": intervals, "reason": reason}
+        self._waiting[UNDONE].append(line)
+
+    def enter(
+        self, summary: Mapping[str, Any], step: int, loss: float | None, updates: Sequence[int], undone: bool = False
+    ) -> None:
+        """A window has been trained on, or `undone`.
 
         Args:
             step: optimizer steps done after it.
@@ -65,6 +75,7 @@ class Books:
                     "sha256_of_record_ids": counted["sha256_of_record_ids"],
                     "preq_loss": loss,
                     "level_updates": list(updates),
+                    **({"undone": True} if undone else {}),
                 }
             )
 
@@ -82,11 +93,11 @@ class Books:
         before, entries, self._entries = self._ledger.state(), self._entries, []
         self._attempt = (step, before, entries)
         self._ledger.append({**entry, "ckpt_id": folder_name(step)} for entry in entries)
-        for lines, name in ((self._letters, DEAD_LETTERS), (self._late, LATE)):
+        for name, lines in self._files.items():
             if self._waiting[name]:
                 lines.append(self._waiting[name])
                 self._waiting[name] = []
-        return {"ledger": self._ledger.state(), DEAD_LETTERS: self._letters.bytes, LATE: self._late.bytes}
+        return {"ledger": self._ledger.state()} | {name: lines.bytes for name, lines in self._files.items()}
 
     def load(self, files: Mapping[str, Any]) -> None:
         """Go back to what a snapshot knows; to nothing if there is none.
@@ -96,7 +107,7 @@ class Books:
         """
         try:
             self._ledger.load(files.get("ledger", {"bytes": 0, "last": ""}))
-            self._letters.rewind(files.get(DEAD_LETTERS, 0))
-            self._late.rewind(files.get(LATE, 0))
+            for name, lines in self._files.items():
+                lines.rewind(files.get(name, 0))
         except ValueError as error:
             raise ResumeError(f"{error}: the books of the stream were altered; put the file back") from error

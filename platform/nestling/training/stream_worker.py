@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -18,12 +19,13 @@ from nestling.checkpoint import ResumeError, Store, export_weights, run_store
 from nestling.config import from_yaml
 from nestling.data import DataError, Tokenizer
 from nestling.data.streams import Opening, Planner, Reading, Rules, WindowFolder, open_stream
-from nestling.evaluation.probes import probe_losses
+from nestling.evaluation.probes import ALL, Probes, probe_losses
 from nestling.tracking import RunFolder, Tracker
 from nestling.tracking.files import replace_json
 from nestling.training.books import Books
 from nestling.training.keeper import Keeper
 from nestling.training.stream_loop import StreamTraining
+from nestling.training.window_guard import Standing, harm, unigram_entropy
 
 
 def stream_worker(settings: dict[str, Any]) -> dict[str, Any]:
@@ -62,6 +64,7 @@ class StreamWorker:
         #: Windows at which the snapshots that are kept begin, and one more that may not be committed.
         self._kept: deque[int] = deque(maxlen=self.config.checkpoint.keep + 1)
         self._opening: Opening | None = None
+        self._before = Standing({}, None)
         self._tokenizer = Tokenizer.load(folder.tokenizer, self.config.data.separator)
 
     def run(self) -> dict[str, Any]:
@@ -77,12 +80,14 @@ class StreamWorker:
             self._learn()
         except DataError as reason:
             error = str(reason)
+        # Half a window that the guard has not judged is learnt again, unless this is the end.
+        half_judged = self.config.stream.guard and training.batches_done and training.done < settings.last_step
         if training.guard.in_a_row >= settings.max_skipped:
             error = (
                 f"step {training.done}: {training.refused}, {training.guard.in_a_row} steps in a row; lower "
                 "training.learning_rate, model.eta_max or training.clip, and go on from the last snapshot"
             )
-        elif self._saved != (training.position.window, training.batches_done):
+        elif not half_judged and self._saved != (training.position.window, training.batches_done):
             self._save(training.record() if training.done > first else {})
         seconds = time.perf_counter() - began
         if problem := self.keeper.close():
@@ -164,6 +169,8 @@ class StreamWorker:
                 f"{first['offset']}: {first['reason']}. Nothing of the window was trained on: mend the source's "
                 "reading (data.column, stream.*_column), or allow more"
             )
+        if self.config.stream.guard:
+            self._before = self._standing(opening)
         for record in opening.summary["held"]:
             self.training.probes.add(record["domain"], record["text"])
         if self.books is not None and self.training.batches_done == 0:
@@ -173,7 +180,10 @@ class StreamWorker:
         """End a window: it goes into the ledger with the next snapshot."""
         training, opening = self.training, self._opening
         assert opening is not None
-        if self.books is not None:
+        reason = self._harm(opening) if self.config.stream.guard and opening.batches else ""
+        if reason:
+            self._undo(opening, reason)
+        elif self.books is not None:
             updates = [training.levels.updates[str(level.name)] for level in self.config.levels]
             size = training.window_bytes
             loss = training.window_nats / math.log(2) / size if size else None
@@ -183,6 +193,43 @@ class StreamWorker:
         self._tell_position()
         if self.planner is not None:
             self.planner.consumed = training.position.window
+        if self.config.stream.guard:
+            self._save({})
+
+    def _harm(self, opening: Opening) -> str:
+        """Why the window that was just learnt is to be undone; empty if it may stay. Every rank."""
+        texts = [record["text"] for record in opening.summary["held"]]
+        return harm(self._before, self._standing(opening), unigram_entropy(texts))
+
+    def _standing(self, opening: Opening) -> Standing:
+        """What the model makes of the domains that were known before a window, and of what is held out of it."""
+        training, held = self.training, Probes(1 << 30)
+        for record in opening.summary["held"]:
+            held.add(ALL, record["text"])
+        known = self._before.probes if self._opening is not None and training.batches_done else training.probes.domains
+        probes = self._losses(training.probes, known)
+        training.restart_clock()
+        return Standing(probes, self._losses(held, held.domains).get(ALL))
+
+    def _losses(self, probes: Probes, domains: Iterable[str]) -> dict[str, float]:
+        training, length = self.training, self.config.data.sequence_length
+        return probe_losses(training.reader, probes, domains, self._tokenizer, length, training.rank, training.world)
+
+    def _undo(self, opening: Opening, reason: str) -> None:
+        """Go back to before a window, and past it."""
+        training, step, window = self.training, self.training.done, opening.summary["window"]
+        if self.keeper.restore() is None or training.position.window != window:
+            raise DataError(
+                f"window {window} is to be undone ({reason}), but the snapshot before it could not be saved, so the "
+                "stream stops; make room for snapshots and go on from the last one"
+            )
+        if self.tracker is not None and self.books is not None:
+            self.tracker.rewind(training.done)
+            message = f"window {window} is undone, from step {step} back to {training.done}: {reason}"
+            self.tracker.event("rolled-back", message, step=training.done, window=window)
+            self.books.undone(opening.summary, reason)
+            updates = [training.levels.updates[str(level.name)] for level in self.config.levels]
+            self.books.enter(opening.summary, training.done, None, updates, undone=True)
 
     def _tell_position(self) -> None:
         """For whoever asks how the stream stands; the snapshot has its own."""
@@ -206,15 +253,15 @@ class StreamWorker:
         if record and self.tracker is not None:
             self.tracker.log(record, training.done)
         due = settings.checkpoint_every and training.done % settings.checkpoint_every == 0
-        if (due and not training.guard.in_a_row) or training.stop:
+        # With the guard, snapshots lie between windows: the way back leads to a window's beginning.
+        if not self.config.stream.guard and ((due and not training.guard.in_a_row) or training.stop):
             self._save(record)
         self.keeper.tell()
 
     def _probe(self) -> dict[str, float]:
         """Evaluate the probes; every rank."""
         training = self.training
-        length = self.config.data.sequence_length
-        losses = probe_losses(training.reader, training.probes, self._tokenizer, length, training.rank, training.world)
+        losses = self._losses(training.probes, training.probes.domains)
         training.restart_clock()
         return training.probes.record(losses)
 

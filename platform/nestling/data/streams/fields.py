@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, ClassVar
 
 from nestling.data.streams.source import Broken, Record
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,9 @@ class Fields:
     domain: str | None = None
     limit: int = 1 << 20
 
+    #: Share of control characters (line ends and tabs are none) from which on something is no text.
+    CONTROL: ClassVar[float] = 0.05
+
     def of_line(self, partition: str, offset: int, raw: bytes) -> Record | Broken:
         """A line of a text file, with its newline."""
         end = offset + len(raw)
@@ -37,6 +43,8 @@ class Fields:
             text = raw.decode("utf-8")
         except UnicodeDecodeError as error:
             return Broken.of(partition, offset, end, f"no UTF-8 (byte {error.start} of the line)", raw)
+        if len(_CONTROLS.findall(text)) > self.CONTROL * len(text):
+            return Broken.of(partition, offset, end, "control characters: no text", raw)
         return Record(partition, offset, end, text, f"{partition}:{offset}", whole=False)
 
     def of_json(self, partition: str, offset: int, end: int, raw: bytes, **known: Any) -> Record | Broken:
@@ -74,6 +82,8 @@ class Fields:
             return broken("no UTF-8: half a character")
         if not text.strip():
             return broken("empty")
+        if len(_CONTROLS.findall(text)) > self.CONTROL * len(text):
+            return broken("control characters: no text")
         if size > self.limit:
             return broken(f"oversized: {size} bytes, stream.record_bytes is {self.limit}")
         time: float | None = known.get("event_time")
