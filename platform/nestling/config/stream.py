@@ -28,7 +28,7 @@ class StreamConfig:
     settle_after: float = 10.0
     #: Field of JSON records and Parquet rows with the record's key; null: its partition and offset.
     key_column: str | None = None
-    #: Field with the event time: seconds since 1970, or a text in ISO 8601. Null: records have none.
+    #: Field with the event time: seconds since 1970, or a text in ISO 8601. Null: Kafka's own, others have none.
     time_column: str | None = None
     #: Field with the domain by which losses and probes are told apart. Null: records have none.
     domain_column: str | None = None
@@ -77,9 +77,4 @@ class StreamConfig:
             raise ValueError(
                 "stream.guard: judges windows by what is held out of them; needs stream.probe_every and "
                 "stream.probe_percent above 0"
-            )
-        if self.lateness is not None and self.time_column is None:
-            raise ValueError(
-                f"stream.lateness: got {self.lateness}, but records have no event time; name the field that holds it "
-                "with stream.time_column"
             )

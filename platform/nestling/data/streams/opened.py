@@ -26,6 +26,15 @@ def open_stream(config: JobConfig) -> StreamSource:
     fields = Fields(
         config.data.column, stream.key_column, stream.time_column, stream.domain_column, stream.record_bytes
     )
+    if spec.startswith("kafka://"):
+        kafka = Kafka(spec, fields)
+        kafka.check()
+        return kafka
+    if stream.lateness is not None and stream.time_column is None:
+        raise DataError(
+            f"stream.lateness: got {stream.lateness}, but records have no event time; name the field that holds it "
+            "with stream.time_column"
+        )
     if spec in (NAME, SHUFFLED):
         return FiveDomains(spec)
     if spec.startswith("embedded:"):
@@ -34,10 +43,6 @@ def open_stream(config: JobConfig) -> StreamSource:
             f"folder, kafka://HOST:PORT/TOPIC or python:MODULE:FUNCTION (nestling train takes embedded:"
             f"{', '.join(DOMAINS)})"
         )
-    if spec.startswith("kafka://"):
-        kafka = Kafka(spec, fields)
-        kafka.check()
-        return kafka
     if spec.startswith("python:"):
         generator = Generator(spec, fields)
         generator.ended({})
