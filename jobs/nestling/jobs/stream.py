@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import traceback
-from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 
-from nestling.config import ConfigError, JobConfig, load
+from nestling.config import JobConfig, load
 from nestling.jobs.arguments import AsJson, found_run, place_of
-from nestling.jobs.output import FAILED, INTERRUPTED, WRONG_USAGE, Stop, chatter_to, describe, in_columns, say, verb
+from nestling.jobs.output import FAILED, WRONG_USAGE, Stop, in_columns, verb
 from nestling.jobs.progress import TrainingProgress
-from nestling.tracking.runs import RunBusyError, RunFolder
+from nestling.jobs.train import attend, new_folder
+from nestling.tracking.runs import RunFolder
 
 STREAM = "stream"
 KEYS = (
@@ -54,10 +53,7 @@ def stream(
     if not given:
         raise Stop("needs a JOB, or --resume RUN or --verify RUN; nestling stream --help", WRONG_USAGE)
     config = load(given[0], given[1:], streamed=True)
-    try:
-        folder = RunFolder.create(config.run.dir, config.run.name)
-    except OSError as error:
-        raise Stop(f"run.dir: cannot make a run in {config.run.dir}: {error}", WRONG_USAGE) from error
+    folder = new_folder(config)
     folder.update(kind=STREAM)
     return _run(config, folder, as_json)
 
@@ -73,35 +69,16 @@ def _stream_run(reference: str, overrides: list[str]) -> RunFolder:
 
 def _run(config: JobConfig, folder: RunFolder, as_json: bool) -> dict[str, Any]:
     """Learn from a job's stream in its folder, and tell the person how it goes and ends."""
-    from nestling.training.stream import learn_stream
 
-    say(f"run {folder.run_id} in {folder.path}; Ray's and DeepSpeed's output: {folder.ray_log}")
-    try:
-        with chatter_to(folder.ray_log), TrainingProgress(config.training) as progress:
-            summary = asdict(learn_stream(config, folder, progress, progress.event))
-    except RunBusyError as error:
-        raise Stop(str(error), WRONG_USAGE) from error
-    except ConfigError:
-        raise
-    except KeyboardInterrupt as error:
-        raise _stop(folder, "interrupted", INTERRUPTED) from error
-    except Exception as error:
-        with folder.ray_log.open("a") as file:
-            traceback.print_exception(error, file=file)
-        raise _stop(folder, f"failed: {describe(error)}", FAILED) from error
+    def work(progress: TrainingProgress) -> Any:
+        from nestling.training.stream import learn_stream
+
+        return learn_stream(config, folder, progress, progress.event)
+
+    summary = attend(config, folder, work, KEYS, "stream --resume")
     if not as_json:
         print(_report(summary, folder))
     return summary
-
-
-def _stop(folder: RunFolder, how: str, code: int) -> Stop:
-    """The end of a stream that did not finish."""
-    info = {"run_dir": folder.path} | folder.reached()
-    saved = f", saved in {info['checkpoint']}" if info.get("checkpoint") else ""
-    lines = [f"run {folder.run_id} {how}{saved}", f"log: {folder.ray_log}"]
-    if folder.config.exists():
-        lines.append(f"go on: nestling stream --resume {folder.run_id}{place_of(folder)}")
-    return Stop("\n".join(lines), code, {key: info.get(key) for key in KEYS})
 
 
 def _report(summary: dict[str, Any], folder: RunFolder) -> str:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from nestling.checkpoint import ResumeError, Store, export_weights, run_store
-from nestling.config import from_yaml
 from nestling.data import DataError, Tokenizer
 from nestling.data.streams import Opening, Planner, Reading, Rules, WindowFolder, open_stream
 from nestling.evaluation.probes import ALL, Probes, probe_losses
@@ -26,27 +25,15 @@ from nestling.training.books import Books
 from nestling.training.keeper import Keeper
 from nestling.training.stream_loop import StreamTraining
 from nestling.training.window_guard import Standing, harm, unigram_entropy
+from nestling.training.worker import at_post
 
 
 def stream_worker(settings: dict[str, Any]) -> dict[str, Any]:
     """Ray Train's entry point on every worker; rank 0's return value reaches the driver."""
-    import ray.train
-    import ray.train.torch
-
-    context = ray.train.get_context()
-    config, folder = from_yaml(settings["config"]), RunFolder.open(settings["folder"])
-    device = ray.train.torch.get_device() if config.training.device == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
-        torch.set_num_threads(1)  # two threads on two busy cores were up to 19 times slower
-        torch.set_flush_denormal(True)
-    rank, world = context.get_world_rank(), context.get_world_size()
-    tracker = Tracker(folder, settings["tracking_uri"], settings["mlflow_run_id"]) if rank == 0 else None
-    try:
-        training = StreamTraining(config, device, rank, world, folder.stop.exists)
-        return StreamWorker(training, run_store(config, folder), folder, tracker).run()
-    finally:
-        if tracker is not None:
-            tracker.close()
+    with at_post(settings) as post:
+        config, folder = post.config, post.folder
+        training = StreamTraining(config, post.device, post.rank, post.world, folder.stop.exists)
+        return StreamWorker(training, run_store(config, folder), folder, post.tracker).run()
 
 
 class StreamWorker:

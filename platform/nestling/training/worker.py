@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from nestling.checkpoint import ResumeError, Store, export_weights, run_store
-from nestling.config import from_yaml
+from nestling.config import JobConfig, from_yaml
 from nestling.data import Corpus
 from nestling.evaluation import heldout_report
 from nestling.evaluation.heldout import Report
@@ -25,8 +28,21 @@ from nestling.training.loop import Training
 RETURNS = 2
 
 
-def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's entry point on every worker; rank 0's return value reaches the driver."""
+@dataclass(frozen=True)
+class Post:
+    """Where a worker stands: its job, folder and device, its rank among `world`, and rank 0's tracker."""
+
+    config: JobConfig
+    folder: RunFolder
+    device: torch.device
+    rank: int
+    world: int
+    tracker: Tracker | None
+
+
+@contextmanager
+def at_post(settings: dict[str, Any]) -> Iterator[Post]:
+    """What every entry point of Ray Train begins with, from the settings that the driver sent."""
     import ray.train
     import ray.train.torch
 
@@ -39,11 +55,18 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     rank, world = context.get_world_rank(), context.get_world_size()
     tracker = Tracker(folder, settings["tracking_uri"], settings["mlflow_run_id"]) if rank == 0 else None
     try:
-        training = Training(config, Corpus.open(settings["corpus"]), device, rank, world, folder.stop.exists)
-        return Worker(training, run_store(config, folder), folder, tracker).run()
+        yield Post(config, folder, device, rank, world, tracker)
     finally:
         if tracker is not None:
             tracker.close()
+
+
+def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's entry point on every worker; rank 0's return value reaches the driver."""
+    with at_post(settings) as post:
+        corpus, folder = Corpus.open(settings["corpus"]), post.folder
+        training = Training(post.config, corpus, post.device, post.rank, post.world, folder.stop.exists)
+        return Worker(training, run_store(post.config, folder), folder, post.tracker).run()
 
 
 class Worker:

@@ -43,11 +43,6 @@ class Position:
     offsets: dict[str, int] = field(default_factory=dict)
     latest: float | None = None
 
-    def after(self, plan: Plan, latest: float | None) -> Position:
-        """The position behind a window in which `latest` became the latest event time."""
-        ends = {interval.partition: interval.end for interval in plan.intervals}
-        return Position(plan.number + 1, self.offsets | ends, latest)
-
 
 class WindowFolder:
     """The planned windows of a run, `windows/00000012.json`, and the end of the stream, `windows/end.json`."""
