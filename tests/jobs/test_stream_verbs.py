@@ -83,6 +83,7 @@ def test_a_source_that_does_not_answer_leaves_the_lag_open(folder, tmp_path):
         (["stream", "quickstart", "data.source=no/such/folder"], "does not exist"),
         (["stream", "five-domains", "stream.lateness=3"], "name the field that holds it with stream.time_column"),
         (["stream", "five-domains", "training.schedule=cosine"], "needs to know the last step"),
+        (["stream", "five-domains", "training.checkpoint_every=0"], "what a stream has not saved it reads again"),
         (["stream", "five-domains", "stream.window_byte=3"], "the nearest known one is stream.window_bytes"),
     ],
 )

@@ -102,6 +102,15 @@ def test_the_figures_of_an_evaluation():
     assert figures["probe/forgetting"] == exactly(1.0)
 
 
+def test_the_figures_are_those_of_the_whole_curves():
+    source, probes = random.Random(1), Probes(10)
+    curves = {name: [source.uniform(2, 8) for _ in range(20)] for name in ("a", "b", "c")}
+    for row in zip(*curves.values(), strict=True):
+        figures = probes.record(dict(zip(curves, row, strict=True)))
+    assert figures["probe/forgetting"] == exactly(retention.lost_since_best(curves))
+    assert figures["probe/stability_gap"] == exactly(retention.stability_gap(curves))
+
+
 def test_page_hinkley_by_the_definition():
     """The alarm stands where the sums of the definition, written out, say it must."""
     noise = random.Random(0)

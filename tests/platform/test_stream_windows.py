@@ -11,7 +11,7 @@ from nestling.config.stream import StreamConfig
 from nestling.data import IGNORED, DataError, Tokenizer
 from nestling.data.streams import Interval, Opening, Planner, Position, Record, Rules, StreamSource, WindowFolder
 from nestling.data.streams.content import batches, read_window
-from nestling.data.streams.reader import Reading
+from nestling.data.streams.reader import Reading, ReadingFailed
 from nestling.data.streams.windows import Arrivals, Plan
 
 
@@ -219,7 +219,7 @@ def test_what_goes_wrong_in_a_reader_reaches_whoever_follows_it(tmp_path):
     planned(source, tmp_path)
     source.partitions["a"] = texts(2)  # offsets that were there are gone
     reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4)
-    with pytest.raises(DataError, match="IndexError"):
+    with pytest.raises(ReadingFailed, match="IndexError"):
         [reading._parsed(table) for table in reading.tables(0, None)]
 
 

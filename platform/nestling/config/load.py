@@ -198,6 +198,11 @@ def _check_data(config: JobConfig, streamed: bool | None) -> None:
         if streamed:
             from nestling.data.streams import open_stream
 
+            if not config.training.checkpoint_every:
+                raise ConfigError(
+                    "training.checkpoint_every: got 0, but what a stream has not saved it reads again; give the steps "
+                    "from one snapshot to the next"
+                )
             open_stream(config)
         elif data.mix is None:
             check_source(data.source)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,6 @@ import torch
 from nestling.data.tokenizer import Tokenizer
 from nestling.evaluation.heldout import Reader, token_losses
 from nestling.evaluation.prequential import metric_name
-from nestling.evaluation.retention import lost_since_best, stability_gap
 
 #: What the domain of records without one is called.
 ALL = "all"
@@ -35,8 +35,8 @@ class Probes:
         self._limit = limit
         #: Of each domain (hash, text), by hash.
         self._kept: dict[str, list[tuple[str, str]]] = {}
-        #: Of each domain its losses in bits per byte, evaluation by evaluation, from its first on.
-        self.losses: dict[str, list[float]] = {}
+        #: Of each domain in bits per byte: the last loss, the lowest so far, and the largest rise above that so far.
+        self.curves: dict[str, tuple[float, float, float]] = {}
 
     def add(self, domain: str, text: str) -> None:
         """Offer a held-out record."""
@@ -71,29 +71,32 @@ class Probes:
         return flat[places].astype(np.int64), round(float(weights[places[:, 1:]].sum()))
 
     def record(self, losses: Mapping[str, float]) -> dict[str, float]:
-        """Take in an evaluation, bits per byte by domain; the figures under their names in MLflow."""
+        """Take in an evaluation, bits per byte by domain; the figures under their names in MLflow.
+
+        Forgetting and stability gap are `lost_since_best` and `stability_gap` of `nestling.evaluation.retention`, kept
+        up in constant memory.
+        """
         for domain, loss in losses.items():
-            self.losses.setdefault(domain, []).append(loss)
+            _, lowest, rise = self.curves.get(domain, (loss, loss, 0.0))
+            lowest = min(lowest, loss)
+            self.curves[domain] = (loss, lowest, max(rise, loss - lowest))
         figures = {f"probe/{metric_name(domain)}/bits_per_byte": loss for domain, loss in losses.items()}
         if losses:
             figures["probe/mean_bits_per_byte"] = sum(losses.values()) / len(losses)
             figures["probe/worst_bits_per_byte"] = max(losses.values())
-            figures["probe/forgetting"] = lost_since_best(self.losses)
-            figures["probe/stability_gap"] = stability_gap(self.losses)
+            curves = self.curves.values()
+            figures["probe/forgetting"] = fmean(last - lowest for last, lowest, _ in curves)
+            figures["probe/stability_gap"] = fmean(rise for _, _, rise in curves)
         return figures
-
-    def last(self) -> dict[str, float]:
-        """The last loss of each domain."""
-        return {domain: curve[-1] for domain, curve in self.losses.items()}
 
     def state(self) -> dict[str, Any]:
         """What `load` takes, as JSON can hold it."""
-        return {"kept": self._kept, "losses": self.losses}
+        return {"kept": self._kept, "curves": self.curves}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Take up a state."""
         self._kept = {domain: [(key, text) for key, text in kept] for domain, kept in state["kept"].items()}
-        self.losses = {domain: list(curve) for domain, curve in state["losses"].items()}
+        self.curves = {domain: (last, lowest, rise) for domain, (last, lowest, rise) in state["curves"].items()}
 
 
 @torch.no_grad()

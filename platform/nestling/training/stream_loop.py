@@ -54,8 +54,8 @@ class StreamTraining(TrainingLoop):
         self.prequential = Prequential(config.stream.fading)
         self.probes = Probes(config.stream.probe_bytes)
         self.detector = PageHinkley(config.stream.drift_delta, config.stream.drift_threshold)
-        #: Steps at which the detector gave the alarm.
-        self.drifts: list[int] = []
+        #: Alarms of the detector, and the step of the last one.
+        self.drifts, self.drifted = 0, 0
         self.window_nats = self.window_bytes = 0.0
         stream, length = config.stream, config.data.sequence_length
         self.replay = Replay(stream.replay_share, stream.replay_bytes, length, config.seed)
@@ -87,7 +87,7 @@ class StreamTraining(TrainingLoop):
         self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
         total, size = sum(by_domain.values()), sum(batch.bytes)
         if size and self.detector.add(total / math.log(2) / size):
-            self.drifts.append(self.done)
+            self.drifts, self.drifted = self.drifts + 1, self.done
         self.window_nats += total
         self.window_bytes += size
         self.batches_done += 1
@@ -103,7 +103,7 @@ class StreamTraining(TrainingLoop):
 
     def record(self) -> dict[str, float]:
         counts = {f"stream/{name}": float(value) for name, value in self.counts.items()}
-        others = {"stream/window": float(self.position.window), "stream/drifts": float(len(self.drifts))}
+        others = {"stream/window": float(self.position.window), "stream/drifts": float(self.drifts)}
         return super().record() | self.prequential.metrics() | counts | others
 
     def state(self) -> dict[str, Any]:
@@ -115,7 +115,7 @@ class StreamTraining(TrainingLoop):
                 "prequential": self.prequential.state(),
                 "probes": self.probes.state(),
                 "detector": self.detector.state(),
-                "drifts": self.drifts,
+                "drifts": [self.drifts, self.drifted],
                 "replayed_from": self.replay.seen,
                 "window": [self.window_nats, self.window_bytes],
                 "files": self.files,
@@ -130,7 +130,7 @@ class StreamTraining(TrainingLoop):
         self.prequential.load(stream["prequential"])
         self.probes.load(stream["probes"])
         self.detector.load(stream["detector"])
-        self.drifts = list(stream["drifts"])
+        self.drifts, self.drifted = stream["drifts"]
         self._seen = stream["replayed_from"]
         self.window_nats, self.window_bytes = stream["window"]
         self.files = stream["files"]

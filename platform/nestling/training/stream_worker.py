@@ -231,7 +231,7 @@ class StreamWorker:
             self.tracker.event("skipped", f"step {training.done} moved nothing: {training.refused}")
         last = training.done >= settings.last_step
         record = training.record() if last or training.done % settings.log_every == 0 else {}
-        if training.drifts[-1:] == [training.done] and self.tracker is not None:
+        if training.drifted == training.done and self.tracker is not None:
             message = f"step {training.done}: the loss has risen as it does when the data change"
             self.tracker.event("drift", message, step=training.done, window=training.position.window)
         every = self.config.stream.probe_every

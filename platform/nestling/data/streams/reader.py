@@ -20,7 +20,7 @@ import pyarrow as pa
 from nestling.data.errors import DataError
 from nestling.data.streams.content import Batch, Rules, batches, read_window
 from nestling.data.streams.source import StreamSource
-from nestling.data.streams.windows import WindowFolder
+from nestling.data.streams.windows import StreamEnded, WindowFolder
 from nestling.data.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 
 #: A batch's arrays, as bytes in a column each.
 _ARRAYS: dict[str, Any] = {"inputs": np.int32, "targets": np.int32, "domains": np.int16}
+
+
+class ReadingFailed(RuntimeError):
+    """A planned window could not be read: perhaps on this machine only, and perhaps not the next time."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Reading:
         """
         try:
             yield from self._tables(window, latest)
+        except StreamEnded as error:
+            yield _table(json.dumps({"ended": str(error)}), [])
         except DataError as error:
             yield _table(json.dumps({"error": str(error)}), [])
         except Exception as error:
@@ -110,7 +116,8 @@ class Reading:
         """Openings and batches as they come; ends with the stream.
 
         Raises:
-            DataError: a window cannot be read.
+            StreamEnded: the source cannot go on; all readers of the stream find that out in the same place.
+            ReadingFailed: a window cannot be read, here at least.
         """
         dataset = self.dataset(window, latest)
         for table in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
@@ -119,8 +126,10 @@ class Reading:
     def _parsed(self, table: pa.Table) -> Opening | Batch:
         row = table.to_pylist()[0]
         about = json.loads(row["about"])
+        if "ended" in about:
+            raise StreamEnded(about["ended"])
         if "error" in about:
-            raise DataError(about["error"])
+            raise ReadingFailed(about["error"])
         if "summary" in about:
             return Opening(about["summary"], about["batches"])
         arrays = {name: np.frombuffer(row[name], kind).reshape(-1, self.length) for name, kind in _ARRAYS.items()}

@@ -21,6 +21,10 @@ from nestling.data.streams.source import Interval, StreamSource
 _PAUSE = 0.02  # seconds between two looks for the next window's file
 
 
+class StreamEnded(DataError):
+    """No window follows because the source cannot go on; the message says why."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """A window's number and the intervals that it is read from, in their order."""
@@ -79,11 +83,11 @@ class WindowFolder:
         return content["error"] if window >= content["window"] else None
 
     def wait(self, number: int) -> Plan | None:
-        """The window as soon as it is planned; None if the stream ends before it. DataError if it cannot go on."""
+        """The window as soon as it is planned; None if the stream ends before it, StreamEnded if it cannot go on."""
         while (plan := self.plan(number)) is None:
             error = self.ended(number)
             if error:
-                raise DataError(error)
+                raise StreamEnded(error)
             if error is not None:
                 return None
             time.sleep(_PAUSE)
