@@ -125,6 +125,24 @@ def test_page_hinkley_by_the_definition():
     assert alarm == expected and 60 <= alarm < 66
 
 
+def test_a_single_strange_batch_is_no_drift():
+    steady = [4.0] * 30
+    assert not any(map(PageHinkley().add, [*steady, 30.0, *steady]))
+    detector = PageHinkley(most=100.0)  # the control: without the bound it is
+    assert any(map(detector.add, [*steady, 30.0]))
+    three = [PageHinkley().add for _ in range(2)]
+    assert not any(map(three[0], [*steady, 6.0, 6.0, 6.0])) and any(map(three[1], [*steady, 6.0, 6.0, 6.0, 6.0]))
+
+
+def test_half_a_batch_counts_half():
+    whole, half = PageHinkley(threshold=1.5), PageHinkley(threshold=1.5)
+    for _ in range(20):
+        whole.add(4.0)
+        half.add(4.0)
+    steps = [next(n for n in range(1, 20) if each.add(8.0, weight)) for each, weight in ((whole, 1.0), (half, 0.5))]
+    assert steps == [2, 4]
+
+
 def test_a_falling_loss_is_no_alarm():
     detector = PageHinkley()
     assert not any(detector.add(8 - 0.05 * step) for step in range(100))

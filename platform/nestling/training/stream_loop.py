@@ -86,7 +86,8 @@ class StreamTraining(TrainingLoop):
         by_domain = dict(zip(batch.names, nats.tolist(), strict=True))
         self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
         total, size = sum(by_domain.values()), sum(batch.bytes)
-        if size and self.detector.add(total / math.log(2) / size):
+        filled = float((batch.targets != IGNORED).mean())
+        if size and self.detector.add(total / math.log(2) / size, filled):
             self.drifts, self.drifted = self.drifts + 1, self.done
         self.window_nats += total
         self.window_bytes += size
