@@ -48,7 +48,7 @@ class StreamConfig:
     probe_every: int = 200
     #: The drift detector (Page-Hinkley, one-sided) on the loss before learning, in bits per byte: the rise that it
     #: tolerates, and the sum of rises beyond that at which it gives the alarm.
-    drift_delta: float = 0.05
+    drift_delta: float = 0.1
     drift_threshold: float = 3.0
     #: Whether a window is undone that damages the probes without improving on what is held out of it. Snapshots then
     #: lie at the end of every window, and a window needs so many records that `probe_percent` holds some out.

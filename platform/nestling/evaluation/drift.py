@@ -24,7 +24,7 @@ class PageHinkley:
         most: what a single value's rise counts for at most.
     """
 
-    delta: float = 0.05
+    delta: float = 0.1
     threshold: float = 3.0
     warmup: int = 10
     most: float = 1.0
