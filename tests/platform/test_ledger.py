@@ -90,6 +90,9 @@ def test_the_prequential_losses_by_hand():
     figures = prequential.metrics()
     assert figures["prequential/windowed_bits_per_byte"] == pytest.approx(1.0, abs=1e-12)
     assert figures["prequential/b_c/bits_per_byte"] == pytest.approx(1.0, abs=1e-12)
+    for number in range(200):  # a stream may have a domain for every user
+        prequential.add({f"user {number}": 1.0}, {f"user {number}": 3})
+    assert len([name for name in prequential.metrics() if name.endswith("/bits_per_byte")]) <= 103
     again = Prequential(fading=0.5)
     again.load(json.loads(json.dumps(prequential.state())))
     for each in (prequential, again):

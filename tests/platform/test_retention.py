@@ -81,6 +81,13 @@ def test_probes_are_a_bounded_sample_that_no_order_changes():
     assert one.domains == ["all"]  # one record is always kept
 
 
+def test_domains_without_end_stay_bounded():
+    probes = Probes(100)
+    for number in range(300):
+        probes.add(f"user {number}", f"text of user {number}")
+    assert len(probes.domains) == 101 and "other" in probes.domains
+
+
 def test_rows_of_probes_predict_every_byte_they_count():
     probes = Probes(1000)
     for text in ("héllo", "second text"):

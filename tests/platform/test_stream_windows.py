@@ -90,10 +90,13 @@ def test_a_partition_that_grows_without_end_does_not_keep_others_waiting():
     seen = []
     for _ in range(12):
         arrivals.look()
-        intervals, _ = arrivals.take(30)
+        intervals, _ = arrivals.propose(30)
+        assert arrivals.propose(30)[0] == intervals  # proposing changes nothing
+        arrivals.accept(intervals)
+        assert len(arrivals._queue) <= 4
         seen += [interval.partition for interval in intervals]
         source.partitions["a"] = source.partitions["a"] + texts(10)
-    assert "b" in seen[:6]
+    assert "b" in seen[:6] and seen[-1] == "a"
 
 
 def test_no_window_is_planned_further_ahead_than_configured(tmp_path):

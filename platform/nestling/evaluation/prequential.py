@@ -13,6 +13,8 @@ from typing import Any
 
 #: Steps over which the windowed loss is taken.
 WINDOW = 100
+#: Domains that are told apart; all further ones are one, so that a stream with a domain for every user stays bounded.
+DOMAINS, OTHER = 100, "other"
 
 
 class Prequential:
@@ -38,8 +40,9 @@ class Prequential:
         self._total = [self._total[0] + step[0], self._total[1] + step[1]]
         self._faded = _fade(self._faded, step, self._fading)
         for domain in filter(None, bits):
-            before = self._domains.get(domain, [0.0, 0.0])
-            self._domains[domain] = _fade(before, (bits[domain], sizes[domain]), self._fading)
+            name = told_apart(domain, self._domains)
+            before = self._domains.get(name, [0.0, 0.0])
+            self._domains[name] = _fade(before, (bits[domain], sizes[domain]), self._fading)
 
     @property
     def bits_per_byte(self) -> float | None:
@@ -68,6 +71,11 @@ class Prequential:
         self._total, self._faded = list(state["total"]), list(state["faded"])
         self._last = deque(map(tuple, state["last"]), maxlen=WINDOW)
         self._domains = {name: list(sums) for name, sums in state["domains"].items()}
+
+
+def told_apart(domain: str, known: Mapping[str, Any]) -> str:
+    """A domain, or `OTHER` if it is new and there are as many as can be told apart."""
+    return domain if domain in known or len(known) < DOMAINS else OTHER
 
 
 def metric_name(domain: str) -> str:

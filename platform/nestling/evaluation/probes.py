@@ -18,7 +18,7 @@ import torch
 
 from nestling.data.tokenizer import Tokenizer
 from nestling.evaluation.heldout import Reader, token_losses
-from nestling.evaluation.prequential import metric_name
+from nestling.evaluation.prequential import metric_name, told_apart
 
 #: What the domain of records without one is called.
 ALL = "all"
@@ -40,7 +40,7 @@ class Probes:
 
     def add(self, domain: str, text: str) -> None:
         """Offer a held-out record."""
-        kept = self._kept.setdefault(domain or ALL, [])
+        kept = self._kept.setdefault(told_apart(domain or ALL, self._kept), [])
         entry = (hashlib.sha256(text.encode("utf-8")).hexdigest(), text)
         if entry not in kept:
             kept.append(entry)

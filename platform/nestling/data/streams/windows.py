@@ -116,47 +116,64 @@ class Arrivals:
     """What a source holds beyond what was planned, in the order in which it came.
 
     What a look finds in partitions at the same time is taken in their order; what later looks find comes behind it, so
-    that a partition that grows without end does not keep others waiting.
+    that a partition that grows without end does not keep others waiting. Of each partition two ends are remembered at
+    most: the one whose turn comes first, and the newest.
     """
 
     def __init__(self, source: StreamSource, offsets: dict[str, int]) -> None:
         self.source, self.offsets = source, dict(offsets)
-        self._seen = dict(offsets)
-        self._queue: deque[tuple[str, int]] = deque()
+        self._queue: deque[str] = deque()
+        self._ends: dict[str, list[int]] = {}
 
     def look(self) -> None:
+        """See what has come."""
         for partition, end in self.source.ends(self.offsets).items():
             if partition not in self.offsets:
-                self.offsets[partition] = self._seen[partition] = self.source.begins(partition)
-            if end > self._seen[partition]:
-                self._seen[partition] = end
-                self._queue.append((partition, end))
+                self.offsets[partition] = self.source.begins(partition)
+            ends = self._ends.setdefault(partition, [])
+            if end <= max(ends, default=self.offsets[partition]):
+                continue
+            if len(ends) < 2:
+                ends.append(end)
+                self._queue.append(partition)
+            else:
+                ends[1] = end
 
-    def take(self, budget: int) -> tuple[list[Interval], int]:
+    def propose(self, budget: int) -> tuple[list[Interval], int]:
         """Intervals with text of about `budget` bytes, less if there is not so much, and their bytes."""
         intervals: list[Interval] = []
-        size = 0
-        while self._queue and size < budget:
-            partition, upto = self._queue[0]
-            start = self.offsets[partition]
+        size, moved = 0, dict[str, int]()
+        taken_turns: dict[str, int] = {}
+        for partition in self._queue:
+            if size >= budget:
+                break
+            turn = taken_turns.get(partition, 0)
+            taken_turns[partition] = turn + 1
+            start, upto = moved.get(partition, self.offsets[partition]), self._ends[partition][turn]
             end, taken = self.source.cut(Interval(partition, start, upto), budget - size)
             if end > start:
                 intervals.append(Interval(partition, start, end))
             size += taken
-            self.offsets[partition] = end
-            if end >= upto or end == start:
-                self._queue.popleft()
-                self._seen[partition] = max(end, upto if end > start else end)
+            moved[partition] = end
         return _joined(intervals), size
 
-    def give_back(self, intervals: list[Interval]) -> None:
-        """Undo a `take`: the window is not closed yet."""
-        for interval in reversed(intervals):
-            self.offsets[interval.partition] = interval.start
-            self._queue.appendleft((interval.partition, max(interval.end, self._seen[interval.partition])))
+    def accept(self, intervals: list[Interval]) -> None:
+        """The intervals have become a window."""
+        for interval in intervals:
+            self.offsets[interval.partition] = interval.end
+        passed = {p: sum(end <= self.offsets[p] for end in ends) for p, ends in self._ends.items()}
+        kept: deque[str] = deque()
+        for partition in self._queue:
+            if passed[partition]:
+                passed[partition] -= 1
+                self._ends[partition].pop(0)
+            else:
+                kept.append(partition)
+        self._queue = kept
 
-    def ended(self) -> bool:
-        return not self._queue and self.source.ended(self.offsets)
+    def ended_after(self, intervals: list[Interval]) -> bool:
+        """Whether nothing will follow once these are taken."""
+        return self.source.ended(self.offsets | {interval.partition: interval.end for interval in intervals})
 
 
 class Planner:
@@ -197,18 +214,18 @@ class Planner:
                 time.sleep(_PAUSE)
                 continue
             self._arrivals.look()
-            intervals, size = self._arrivals.take(self._config.window_bytes)
-            ended, now = self._arrivals.ended(), time.monotonic()
+            intervals, size = self._arrivals.propose(self._config.window_bytes)
+            ended, now = self._arrivals.ended_after(intervals), time.monotonic()
             if intervals and opened is None:
                 opened = now
             full = size >= self._config.window_bytes
             if intervals and (full or ended or now - (opened or now) >= self._config.close_after):
                 yield Plan(self._next, tuple(intervals))
+                self._arrivals.accept(intervals)
                 self._next, opened = self._next + 1, None
             elif ended:
                 return
             else:
-                self._arrivals.give_back(intervals)
                 time.sleep(self._config.poll_every)
 
 
