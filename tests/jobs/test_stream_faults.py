@@ -94,12 +94,17 @@ def undisturbed(runs: Path, texts: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_killed_worker(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
+def test_a_killed_reader_and_a_killed_worker(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
     run = begin(runs, texts)
-    folder = run.reaches(27)
+    folder = run.reaches(15)
+    children = psutil.Process(run.process.pid).children(recursive=True)
+    (reader,) = (child for child in children if "ReadWindows" in "".join(child.cmdline()))
+    reader.kill()
+    run.until(lambda: len(events(folder, "resumed")) == 1)
+    run.reaches(37)
     run.workers()[0].kill()
     killed = time.monotonic()
-    run.until(lambda: bool(events(folder, "resumed")))
+    run.until(lambda: len(events(folder, "resumed")) == 2)
     recovered = time.monotonic() - killed
     code, _, said = run.ended()
     assert code == 0, said

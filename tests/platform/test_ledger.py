@@ -24,7 +24,7 @@ def ledger(tmp_path):
 
 
 def test_a_sound_ledger(ledger):
-    found = verify(ledger.path, ledger.state(), {})
+    found = verify(ledger.path, ledger.state())
     assert found.ok and (found.intervals, found.records, found.dead) == (3, 12, 3)
 
 
@@ -34,12 +34,36 @@ def test_a_sound_ledger(ledger):
 )
 def test_gaps_overlaps_and_missing_windows_are_found(ledger, more, problem, gaps, overlaps):
     ledger.append([more])
-    found = verify(ledger.path, ledger.state(), {})
+    found = verify(ledger.path, ledger.state())
     assert not found.ok and problem in found.problems[0] and (found.gaps, found.overlaps) == (gaps, overlaps)
 
 
 def test_a_first_interval_that_does_not_begin_where_its_partition_does(ledger):
-    assert verify(ledger.path, ledger.state(), {"q": 1}).overlaps == 1
+    assert verify(ledger.path, ledger.state(), begin=0).ok
+    assert verify(ledger.path, ledger.state(), begin=1).overlaps == 2
+    ledger.append([line(2, 7, 9, "r")])
+    assert verify(ledger.path, ledger.state(), begin=0).gaps == 1
+
+
+def test_the_snapshot_must_stand_where_the_ledger_ends(ledger):
+    position = {"window": 2, "offsets": {"p": 9, "q": 3}}
+    assert verify(ledger.path, ledger.state(), 0, position).ok
+    for wrong in ({"window": 3}, {"offsets": {"p": 9, "q": 4}}, {"offsets": {"p": 9}}):
+        assert not verify(ledger.path, ledger.state(), 0, position | wrong).ok
+
+
+def test_a_line_that_lacks_something_is_named_and_no_crash(ledger):
+    text = ledger.path.read_text().replace('"n_records": 3, ', "")
+    ledger.path.write_text(text)
+    found = verify(ledger.path, ledger.state() | {"bytes": len(text)})
+    assert not found.ok and "line 2 cannot be read: KeyError" in found.problems[0]
+
+
+def test_a_ledger_whose_last_line_was_altered_is_not_taken_up(ledger):
+    state = ledger.state()
+    ledger.path.write_text(ledger.path.read_text().replace('"end": 9', '"end": 8'))
+    with pytest.raises(ValueError, match="the line that the snapshot names last is another one"):
+        Ledger(ledger.path).load(state)
 
 
 @pytest.mark.parametrize("what", ["altered", "left out", "put in", "cut off"])
@@ -54,17 +78,17 @@ def test_no_line_can_be_changed(ledger, what):
     else:
         lines.pop()
     ledger.path.write_text("\n".join(lines) + "\n")
-    assert not verify(ledger.path, ledger.state(), {}).ok
+    assert not verify(ledger.path, ledger.state()).ok
 
 
 def test_what_stands_behind_the_snapshot_does_not_count_and_is_cut_off(ledger):
     state = ledger.state()
     ledger.append([line(7, 700, 701)])
-    assert verify(ledger.path, state, {}).ok
+    assert verify(ledger.path, state).ok
     again = Ledger(ledger.path)
     again.load(state)
     again.append([line(2, 9, 12)])
-    assert verify(ledger.path, again.state(), {}).ok
+    assert verify(ledger.path, again.state()).ok
     assert [json.loads(text)["window_id"] for text in ledger.path.read_text().splitlines()] == [0, 0, 1, 2]
 
 

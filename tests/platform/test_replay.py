@@ -60,3 +60,6 @@ def test_a_state_goes_on_as_the_original():
     smaller = Replay(0.5, 4 * 2 * 4 * 4, 4, 7)
     smaller.load(one.seen, one.kept())
     assert torch.equal(smaller.kept(), one.kept()[: 4 * 2 * 4])
+    larger = Replay(0.5, 30 * 2 * 4 * 4, 4, 7)  # more room than before: what was never filled is never drawn
+    larger.load(one.seen, one.kept())
+    assert all((larger.draw(step, 8)[1] > 0).all() for step in range(50))

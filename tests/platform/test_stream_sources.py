@@ -1,5 +1,6 @@
 """Sources of streams: the same interval is the same records, and whatever is wrong is one broken record."""
 
+import hashlib
 import json
 import os
 import time
@@ -95,6 +96,19 @@ def test_parquet_counts_rows_over_its_groups(tmp_path):
     assert isinstance(everything(source)[10], Broken)
 
 
+def test_a_line_without_end_takes_neither_memory_nor_time(tmp_path):
+    long = b"x" * 5_000_000
+    (tmp_path / "a.txt").write_bytes(b"short\n" + long + b"\nafter\n")
+    source = Folder(str(tmp_path), Fields(limit=1000))
+    began = time.process_time()
+    first, broken, last = everything(source)
+    assert time.process_time() - began < 2
+    assert (first.text, last.text) == ("short\n", "after\n")
+    assert broken.reason == "oversized: 5000001 bytes, stream.record_bytes is 1000"
+    assert broken.sha256 == hashlib.sha256(long + b"\n").hexdigest()
+    assert (broken.offset, broken.end) == (6, 6 + len(long) + 1)
+
+
 def test_packed_files_are_refused_with_a_way_out(tmp_path):
     (tmp_path / "a.txt.gz").write_bytes(b"x")
     with pytest.raises(DataError, match="packed files cannot grow and cannot be read by offset; unpack it"):
@@ -112,7 +126,10 @@ def test_a_function_is_a_source_until_it_stops():
     source = Generator(name, Fields(domain="domain"))
     assert not source.ended({}) and source.ended({name: 5})
     end = source.ends({})[name]
-    assert [record.text for record in source.read(Interval(name, 1, end))] == [f"record {n}" for n in range(1, 5)]
+    assert source.cut(Interval(name, 1, end), 10_000) == (5, 32)
+    assert [record.text for record in source.read(Interval(name, 1, 5))] == [f"record {n}" for n in range(1, 5)]
+    with pytest.raises(DataError, match="gives nothing at offset 5, where there was a record before"):
+        list(source.read(Interval(name, 1, 6)))
     with pytest.raises(DataError, match=r"needs python:MODULE:FUNCTION with a module that the workers can import"):
         Generator("python:no.such:thing", Fields()).ended({})
 

@@ -138,7 +138,9 @@ def test_a_small_window_is_closed_after_a_while(tmp_path):
         thread.join()
 
 
-def test_an_error_of_the_source_ends_the_stream_with_its_reason(tmp_path):
+def test_an_error_of_the_source_ends_the_stream_with_its_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("nestling.data.streams.windows._RETRIES", (0.01, 0.01))
+
     class Gone(Lists):
         def ends(self, offsets):
             raise DataError("the disk is gone")
@@ -148,6 +150,34 @@ def test_an_error_of_the_source_ends_the_stream_with_its_reason(tmp_path):
     Planner(Gone(), windows, StreamConfig(), Position()).run(lambda: False)
     with pytest.raises(DataError, match="the disk is gone"):
         windows.wait(0)
+
+
+def test_a_source_that_answers_again_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr("nestling.data.streams.windows._RETRIES", (0.01, 0.01))
+    answers = [False, True, False, False, True]
+
+    class Shaky(Lists):
+        def ends(self, offsets):
+            if answers and not answers.pop(0):
+                raise DataError("no answer from the broker")
+            return super().ends(offsets)
+
+    assert abut(planned(Shaky(a=texts(23)), tmp_path)) == {"a": 23}
+
+
+def test_a_plan_that_is_gone_or_damaged_is_no_reason_to_wait(tmp_path):
+    windows = WindowFolder(tmp_path)
+    planned(Lists(a=texts(23)), tmp_path)
+    (tmp_path / "00000002.json").unlink()
+    with pytest.raises(DataError, match=r"00000002.json is gone, though the window after it is planned"):
+        windows.wait(2)
+    (tmp_path / "00000003.json").write_text("")
+    with pytest.raises(DataError, match=r"00000003.json is damaged"):
+        windows.wait(3)
+    (tmp_path / "00000003.json").unlink()
+    # Planned anew from the gap on, whatever stands behind it.
+    again = planned(Lists(a=texts(23)), tmp_path, Position(2, {"a": 8}), window_bytes=45)
+    assert [plan.number for plan in again] == [2, 3, 4] and again[0].intervals[0].start == 8
 
 
 def test_every_token_is_predicted_once_and_every_byte_counted():

@@ -44,8 +44,9 @@ def status(
 def standing(folder: RunFolder) -> dict[str, Any]:
     """The figures by name; None for what is not known."""
     info, last, position = folder.info(), folder.last_values(), read_json(folder.position)
-    drifts = {event["step"]: event["window"] for event in folder.happened() if event["kind"] == "drift"}
-    rollbacks = [event for event in folder.happened() if event["kind"] == "rolled-back"]
+    events = folder.happened()
+    drifts = {event["step"]: event["window"] for event in events if event["kind"] == "drift"}
+    rollbacks = [event for event in events if event["kind"] == "rolled-back"]
     tokens = last.get("train/tokens")
     offsets = position.get("offsets")
     return {
@@ -59,7 +60,7 @@ def standing(folder: RunFolder) -> dict[str, Any]:
         "levels": {name: int(count) for name, count in _named(last, "levels/", "/updates").items()},
         "drifts": [{"step": step, "window": window} for step, window in sorted(drifts.items())],
         "rollbacks": len(rollbacks),
-        "snapshot": _newest(folder),
+        "snapshot": _newest(events),
         "tokens_per_second": last.get("train/tokens_per_second"),
         "offsets": offsets,
         "window": position.get("window"),
@@ -107,17 +108,16 @@ def _named(values: dict[str, float], before: str, after: str) -> dict[str, float
 
 def _lag(folder: RunFolder, offsets: dict[str, int]) -> dict[str, int] | None:
     """How far each partition reaches beyond what was learnt, in the source's own units; None if that is not known."""
-    from nestling.data.errors import DataError
     from nestling.data.streams import open_stream
 
     try:
         source = open_stream(from_yaml(folder.config.read_text(encoding="utf-8")))
         ends = source.ends(offsets)
         return {name: end - offsets.get(name, source.begins(name)) for name, end in ends.items()}
-    except (DataError, OSError):
+    except Exception:  # a function that makes records may raise anything
         return None
 
 
-def _newest(folder: RunFolder) -> str | None:
-    saved = [event for event in folder.happened() if event["kind"] == "checkpoint"]
+def _newest(events: list[dict[str, Any]]) -> str | None:
+    saved = [event for event in events if event["kind"] == "checkpoint"]
     return None if not saved else str(saved[-1]["message"]).rpartition(" saved to ")[2]

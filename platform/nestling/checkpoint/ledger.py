@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+#: More bytes than a line has.
+_LONGEST = 1 << 20
+
 
 class Lines:
     """A file of JSON lines that grows, and goes back with the snapshot to where it was.
@@ -72,6 +75,11 @@ class Ledger(Lines):
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go back to a state; ValueError if the ledger does not hold it."""
+        with self.path.open("rb") as file:
+            file.seek(max(0, state["bytes"] - _LONGEST))
+            lines = file.read(min(_LONGEST, state["bytes"])).splitlines()
+        if lines and _digest(lines[-1].decode("utf-8", "replace")) != state["last"]:
+            raise ValueError(f"{self.path}: the line that the snapshot names last is another one")
         self.rewind(state["bytes"])
         self.last = state["last"]
 
@@ -99,42 +107,50 @@ class Verified:
         return not self.problems
 
 
-def verify(path: Path, state: Mapping[str, Any] | None, begins: Mapping[str, int]) -> Verified:
+def verify(
+    path: Path, state: Mapping[str, Any] | None, begin: int | None = None, position: Mapping[str, Any] | None = None
+) -> Verified:
     """Go through a ledger: every partition's intervals abut, windows and steps only rise, no line was altered.
 
     Args:
         path: the ledger.
         state: what the newest snapshot says of it (`Ledger.state`), None if there is none. Lines behind it do not
             count.
-        begins: where the partitions began.
+        begin: where every partition begins; None: wherever its first interval does.
+        position: where the snapshot says that the stream stands: the next `window`, and the `offsets` of partitions.
     """
     found, problems = Verified(), []
-    ends, last, window, step = dict(begins), "", -1, 0
+    ends, last, window, step = dict[str, int](), "", -1, 0
     for number, text in enumerate(_committed(path, state), 1):
         try:
             line = json.loads(text)
             place = f"line {number} (window {line['window_id']}, partition {line['partition']})"
-            start, end = line["start"], line["end"]
+            start, end, before = line["start"], line["end"], line["previous"]
+            counts = [line[name] for name in ("n_records", "n_dead", "n_late")]
+            follows = line["window_id"] in (window, window + 1) and line["step"] >= step
+            window, step = line["window_id"], line["step"]
         except (ValueError, KeyError, TypeError) as error:
-            problems.append(f"line {number} cannot be read: {error}")
+            problems.append(f"line {number} cannot be read: {type(error).__name__} {error}")
             continue
-        if line["previous"] != last:
+        if before != last:
             problems.append(f"{place}: the line before it was altered, left out or put in")
         last = _digest(text)
-        expected = ends.get(line["partition"], start)
+        expected = ends.get(line["partition"], start if begin is None else begin)
         if start > expected:
             found.gaps += 1
             problems.append(f"{place}: begins at {start}, but the one before ended at {expected}: a gap")
         if start < expected or end < start:
             found.overlaps += 1
             problems.append(f"{place}: begins at {start}, but the one before ended at {expected}: an overlap")
-        if line["window_id"] not in (window, window + 1) or line["step"] < step:
-            problems.append(f"{place}: does not follow window {window} at step {step}")
-        ends[line["partition"]], window, step = end, line["window_id"], line["step"]
+        if not follows:
+            problems.append(f"{place}: does not follow the window and the step before it")
+        ends[line["partition"]] = end
         found.intervals += 1
-        found.records += line["n_records"]
-        found.dead += line["n_dead"]
-        found.late += line["n_late"]
+        found.records, found.dead, found.late = (
+            sum(pair) for pair in zip((found.records, found.dead, found.late), counts, strict=True)
+        )
+    if position is not None and (position["window"] != window + 1 or ends != position["offsets"]):
+        problems.append("the ledger does not end where the newest snapshot says that the stream stands")
     if state is not None and last != state["last"]:
         problems.append("the ledger does not end with the line that the newest snapshot names")
     found.problems = problems

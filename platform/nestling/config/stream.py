@@ -13,7 +13,7 @@ class StreamConfig:
     """Records and windows.
 
     A stream is read in windows: bounded stretches of each partition, planned before they are read. A window is trained
-    on as a whole, and snapshots lie between windows.
+    on as a whole; a snapshot may lie in the middle of one.
     """
 
     #: UTF-8 bytes of text after which a window is full. A window without trainable text takes no step.

@@ -125,6 +125,8 @@ def normalised_forgetting(losses: Matrix) -> float:
     shares = []
     for j in range(_several(losses[1:]) - 1):
         lowest = min(row[j] for row in losses)
+        if lowest == losses[0][j]:
+            raise ValueError(f"nothing was learnt of domain {j}: its lowest loss is the untrained one")
         shares.append((losses[-1][j] - lowest) / (losses[0][j] - lowest))
     return fmean(shares)
 

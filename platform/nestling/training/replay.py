@@ -29,6 +29,7 @@ class Replay:
         self._kept = np.zeros((max(1, limit // (2 * 4 * length)) if share else 0, 2, length), np.int32)
         #: Sequences that were offered so far.
         self.seen = 0
+        self._filled = 0
 
     def add(self, inputs: np.ndarray, targets: np.ndarray) -> None:
         """Offer the sequences of a batch, (sequences, length); those with nothing to predict are left out."""
@@ -36,15 +37,17 @@ class Replay:
             if not len(self._kept) or not (pair[1] != IGNORED).any():
                 continue
             self.seen += 1
-            place = self.seen - 1
-            if place >= len(self._kept):
+            place = self._filled
+            if self._filled < min(self.seen, len(self._kept)):
+                self._filled += 1
+            else:
                 place = random.Random(f"{self._seed} keep {self.seen}").randrange(self.seen)
             if place < len(self._kept):
                 self._kept[place] = pair
 
     def draw(self, step: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets to be learnt with the `count` new sequences of a step, (sequences, length)."""
-        there = min(self.seen, len(self._kept))
+        there = self._filled
         source = random.Random(f"{self._seed} draw {step}")
         wanted = self._share * count
         number = int(wanted) + (source.random() < wanted % 1)
@@ -53,10 +56,11 @@ class Replay:
 
     def kept(self) -> torch.Tensor:
         """The sequences, flat, as they lie in memory: what a snapshot holds beside `seen`."""
-        return torch.from_numpy(self._kept[: min(self.seen, len(self._kept))].reshape(-1))
+        return torch.from_numpy(self._kept[: self._filled].reshape(-1))
 
     def load(self, seen: int, kept: torch.Tensor) -> None:
         """Take up a state; of more sequences than there is room for now, the first."""
         self.seen = seen
         sequences = kept.numpy().reshape(-1, *self._kept.shape[1:])[: len(self._kept)]
         self._kept[: len(sequences)] = sequences
+        self._filled = len(sequences)

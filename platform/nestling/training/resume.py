@@ -22,7 +22,8 @@ CHANGEABLE = (
     "evaluation.*",
     "checkpoint.*",
     "tracking.*",
-    "stream.*",
+    *(f"stream.{key}" for key in ("windows_ahead", "window_bytes", "close_after", "poll_every", "settle_after")),
+    *(f"stream.{key}" for key in ("dead_share", "drift_delta", "drift_threshold", "guard", "replay_share")),
     "data.source",
     "data.mix.*.source",
 )
@@ -53,7 +54,10 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
     # A runs folder may have been moved as a whole.
     config = replace(config, run=replace(config.run, dir=str(folder.path.parent)))
     done_before = _done(before, folder)
+    fixed: tuple[str, ...]
     changeable, fixed = (CHANGEABLE_AT_FIRST, FIXED_AT_FIRST) if done_before == 0 else (CHANGEABLE, FIXED)
+    if folder.info().get("kind") == "stream":
+        fixed = (*fixed, "data.source")  # its partitions are what the offsets belong to
     old, new = flatten(to_mapping(before)), flatten(to_mapping(config))
     for key in sorted(old.keys() | new.keys()):
         kept = key in fixed or not any(fnmatchcase(key, pattern) for pattern in changeable)

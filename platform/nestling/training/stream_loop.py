@@ -83,7 +83,10 @@ class StreamTraining(TrainingLoop):
         domains = torch.from_numpy(mine.astype(np.int64)).to(self.device).flatten()
         nats.index_add_(0, domains, torch.cat(self._parts)[: len(domains)].double())  # replayed ones come last
         dist.all_reduce(nats)
+        self.batches_done += 1
         by_domain = dict(zip(batch.names, nats.tolist(), strict=True))
+        if not math.isfinite(sum(by_domain.values())):
+            return  # counted among the skipped steps; in a sum it would stay for ever
         self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
         total, size = sum(by_domain.values()), sum(batch.bytes)
         filled = float((batch.targets != IGNORED).mean())
@@ -91,7 +94,6 @@ class StreamTraining(TrainingLoop):
             self.drifts, self.drifted = self.drifts + 1, self.done
         self.window_nats += total
         self.window_bytes += size
-        self.batches_done += 1
 
     def close(self, opening: Opening) -> None:
         """Go on to the next window."""

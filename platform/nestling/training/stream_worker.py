@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -48,8 +47,9 @@ class StreamWorker:
         self.planner: Planner | None = None
         self._windows = WindowFolder(folder.path / "windows")
         self._saved: tuple[int, int] | None = None
-        #: Windows at which the snapshots that are kept begin, and one more that may not be committed.
-        self._kept: deque[int] = deque(maxlen=self.config.checkpoint.keep + 1)
+        #: The window at which each snapshot begins that was saved here, by its step.
+        self._begins: dict[int, int] = {}
+        self._overdue = False
         self._opening: Opening | None = None
         self._before = Standing({}, None)
         self._tokenizer = Tokenizer.load(folder.tokenizer, self.config.data.separator)
@@ -94,6 +94,11 @@ class StreamWorker:
         step = self.keeper.restore()
         if step is not None:
             self._saved = (training.position.window, training.batches_done)
+        if training.batches_done and self._windows.plan(training.position.window) is None:
+            raise ResumeError(
+                f"the snapshot lies in the middle of window {training.position.window}, whose plan is missing in "
+                f"{self.folder.path / 'windows'}; put it back"
+            )
         if self.tracker is not None and self.books is not None:
             begun = self.folder.log.exists() and self.folder.log.stat().st_size > 0
             self.tracker.rewind(training.done)
@@ -158,8 +163,8 @@ class StreamWorker:
             )
         if self.config.stream.guard:
             self._before = self._standing(opening)
-        for record in opening.summary["held"]:
-            self.training.probes.add(record["domain"], record["text"])
+        else:
+            self._hold(opening)
         if self.books is not None and self.training.batches_done == 0:
             self.books.set_aside(opening.summary)
 
@@ -170,7 +175,9 @@ class StreamWorker:
         reason = self._harm(opening) if self.config.stream.guard and opening.batches else ""
         if reason:
             self._undo(opening, reason)
-        elif self.books is not None:
+        elif self.config.stream.guard:
+            self._hold(opening)  # not before the verdict: both sides of it are to read the same probes
+        if not reason and self.books is not None:
             updates = [training.levels.updates[str(level.name)] for level in self.config.levels]
             size = training.window_bytes
             loss = training.window_nats / math.log(2) / size if size else None
@@ -182,6 +189,11 @@ class StreamWorker:
             self.planner.consumed = training.position.window
         if self.config.stream.guard:
             self._save({})
+
+    def _hold(self, opening: Opening) -> None:
+        """Keep a window's held-out records as probes; doing so twice changes nothing."""
+        for record in opening.summary["held"]:
+            self.training.probes.add(record["domain"], record["text"])
 
     def _harm(self, opening: Opening) -> str:
         """Why the window that was just learnt is to be undone; empty if it may stay. Every rank."""
@@ -206,9 +218,9 @@ class StreamWorker:
         """Go back to before a window, and past it."""
         training, step, window = self.training, self.training.done, opening.summary["window"]
         if self.keeper.restore() is None or training.position.window != window:
-            raise DataError(
-                f"window {window} is to be undone ({reason}), but the snapshot before it could not be saved, so the "
-                "stream stops; make room for snapshots and go on from the last one"
+            raise RuntimeError(
+                f"window {window} is to be undone ({reason}), but the snapshot before it could not be saved; make room "
+                "for snapshots"
             )
         if self.tracker is not None and self.books is not None:
             self.tracker.rewind(training.done)
@@ -239,9 +251,9 @@ class StreamWorker:
             record |= self._probe()
         if record and self.tracker is not None:
             self.tracker.log(record, training.done)
-        due = settings.checkpoint_every and training.done % settings.checkpoint_every == 0
+        self._overdue |= bool(settings.checkpoint_every) and training.done % settings.checkpoint_every == 0
         # With the guard, snapshots lie between windows: the way back leads to a window's beginning.
-        if not self.config.stream.guard and ((due and not training.guard.in_a_row) or training.stop):
+        if not self.config.stream.guard and ((self._overdue and not training.guard.in_a_row) or training.stop):
             self._save(record)
         self.keeper.tell()
 
@@ -256,13 +268,23 @@ class StreamWorker:
         training = self.training
         if self.books is not None:
             good = self.keeper.settled()
+            self._forget_windows()
             training.files = self.books.commit(training.done, None if good is None else good.step)
         self.keeper.save(record)
+        self._overdue = False
         self._saved = (training.position.window, training.batches_done)
         if self.books is not None:
-            if len(self._kept) == self._kept.maxlen:
-                self._windows.forget(self._kept[0])
-            self._kept.append(training.position.window)
+            self._begins[training.done] = training.position.window
+
+    def _forget_windows(self) -> None:
+        """Remove the plans of windows that lie before every snapshot that there is."""
+        try:
+            steps = {checkpoint.step for checkpoint in self.store.checkpoints()}
+        except OSError:
+            return
+        if steps and steps <= self._begins.keys():
+            self._begins = {step: window for step, window in self._begins.items() if step in steps}
+            self._windows.forget(before=min(self._begins.values()))
 
     def _figures(self, status: str) -> dict[str, Any]:
         training = self.training

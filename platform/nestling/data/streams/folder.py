@@ -6,6 +6,8 @@ before ended); Parquet counts rows. A half line waits for its newline until the 
 
 from __future__ import annotations
 
+import hashlib
+import io
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -95,19 +97,34 @@ class Folder(StreamSource):
 
     def _read_lines(self, file: pa.NativeFile, interval: Interval) -> Iterator[Record | Broken]:
         parse = self.fields.of_line if readers.form(interval.partition) == "text" else self._of_json_line
+        offset = interval.start
+        for raw, size, digest in self._lines(file, interval):
+            if digest:
+                reason = f"oversized: {size} bytes, stream.record_bytes is {self.fields.limit}"
+                yield Broken(interval.partition, offset, offset + size, reason, digest)
+            else:
+                yield parse(interval.partition, offset, raw)
+            offset += size
+
+    def _lines(self, file: pa.NativeFile, interval: Interval) -> Iterator[tuple[bytes, int, str]]:
+        """Each line with its newline, and its size; of one that is too large only the start, and its SHA-256."""
         file.seek(interval.start)
-        offset, rest = interval.start, b""
-        while offset + len(rest) < interval.end:
-            raw = file.read(min(_BLOCK, interval.end - offset - len(rest)))
-            if not raw:
+        left, begun, size, hashed = interval.end - interval.start, bytearray(), 0, hashlib.sha256()
+        while left:
+            block = file.read(min(_BLOCK, left))
+            if not block:
                 raise DataError(f"{interval.partition} ends before byte {interval.end}, which was there before")
-            *lines, rest = (rest + raw).split(b"\n")
-            for line in lines:
-                record = parse(interval.partition, offset, line + b"\n")
-                offset += len(line) + 1
-                yield record
-        if rest:
-            yield parse(interval.partition, offset, rest)
+            left -= len(block)
+            for part in io.BytesIO(block):  # splits at newlines only
+                size += len(part)
+                hashed.update(part)
+                if size <= self.fields.limit + 1:  # one more shows that it is too large
+                    begun += part
+                if part.endswith(b"\n"):
+                    yield bytes(begun), size, hashed.hexdigest() if size > self.fields.limit else ""
+                    begun, size, hashed = bytearray(), 0, hashlib.sha256()
+        if size:
+            yield bytes(begun), size, hashed.hexdigest() if size > self.fields.limit else ""
 
     def _of_json_line(self, partition: str, offset: int, raw: bytes) -> Record | Broken:
         return self.fields.of_json(partition, offset, offset + len(raw), raw)

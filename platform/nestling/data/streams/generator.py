@@ -10,7 +10,7 @@ from typing import Any
 
 from nestling.data.errors import DataError
 from nestling.data.streams.fields import Fields
-from nestling.data.streams.source import Broken, Interval, Record, StreamSource
+from nestling.data.streams.source import Broken, Interval, Record, StreamSource, filled
 
 #: Records of a stream without end that are offered at once.
 _AHEAD = 1 << 20
@@ -39,6 +39,18 @@ class Generator(StreamSource):
         return False
 
     def read(self, interval: Interval) -> Iterator[Record | Broken]:
+        offset = interval.start
+        for record in self._there(interval):
+            offset = record.end
+            yield record
+        if offset < interval.end:
+            raise DataError(f"{self.name}: gives nothing at offset {offset}, where there was a record before")
+
+    def cut(self, interval: Interval, budget: int) -> tuple[int, int]:
+        return filled(self._there(interval), interval.start, budget)
+
+    def _there(self, interval: Interval) -> Iterator[Record | Broken]:
+        """The records of an interval up to the first that is not there yet."""
         for offset in range(interval.start, interval.end):
             content = self._at(offset)
             if content is None:

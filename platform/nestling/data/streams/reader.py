@@ -107,7 +107,8 @@ class Reading:
                 metadata = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
                 return [ReadTask(lambda: reading.tables(window, latest), metadata)]
 
-        dataset = ray.data.read_datasource(Windows(), override_num_blocks=1)
+        # A reader that died is not begun anew by Ray, which would begin it at the first window again: the workers are.
+        dataset = ray.data.read_datasource(Windows(), override_num_blocks=1, ray_remote_args={"max_retries": 0})
         dataset.context.enable_progress_bars = False
         dataset.context.target_max_block_size = 1  # every table is a block, and none waits to be joined by the next
         return dataset

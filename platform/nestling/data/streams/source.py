@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 
@@ -99,11 +99,16 @@ class StreamSource(ABC):
         It lies between two records, and after the first one, however large that is; it is the interval's start if there
         is not yet a whole record.
         """
-        size, end = 0, interval.start
-        for record in self.read(interval):
-            end = record.end
-            if isinstance(record, Record):
-                size += len(record.text.encode("utf-8", "surrogatepass"))
-            if size >= budget:
-                break
-        return end, size
+        return filled(self.read(interval), interval.start, budget)
+
+
+def filled(records: Iterable[Record | Broken], start: int, budget: int) -> tuple[int, int]:
+    """See `StreamSource.cut`, of records that begin at `start`."""
+    size, end = 0, start
+    for record in records:
+        end = record.end
+        if isinstance(record, Record):
+            size += len(record.text.encode("utf-8", "surrogatepass"))
+        if size >= budget:
+            break
+    return end, size

@@ -7,6 +7,7 @@ share. A window that was planned stays as it is, whatever arrives meanwhile; the
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ from nestling.config.stream import StreamConfig
 from nestling.data.errors import DataError
 from nestling.data.streams.source import Interval, StreamSource
 
+_RETRIES = (1.0, 2.0, 4.0)  # seconds before a source that does not answer is asked again
 _PAUSE = 0.02  # seconds between two looks for the next window's file
 
 
@@ -63,9 +65,11 @@ class WindowFolder:
         """A window, None as long as it is not planned."""
         try:
             content = json.loads(self._file(number).read_text())
+            return Plan(number, tuple(Interval(**interval) for interval in content["intervals"]))
         except FileNotFoundError:
             return None
-        return Plan(number, tuple(Interval(**interval) for interval in content["intervals"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{self._file(number)} is damaged: {error}; put it back") from error
 
     def write(self, plan: Plan) -> None:
         self._replace(self._file(plan.number), {"intervals": [asdict(interval) for interval in plan.intervals]})
@@ -90,13 +94,15 @@ class WindowFolder:
                 raise StreamEnded(error)
             if error is not None:
                 return None
+            if self.plan(number + 1) is not None and self.plan(number) is None:
+                raise DataError(f"{self._file(number)} is gone, though the window after it is planned; put it back")
             time.sleep(_PAUSE)
         return plan
 
-    def forget(self, before: int) -> None:
-        """Remove the windows before this one, which no snapshot needs any more."""
+    def forget(self, before: int = 0, after: int | None = None) -> None:
+        """Remove the windows before one, which no snapshot needs any more, or `after` one, to be planned anew."""
         for path in self._folder.glob("[0-9]*.json"):
-            if int(path.stem) < before:
+            if int(path.stem) < before or (after is not None and int(path.stem) > after):
                 path.unlink(missing_ok=True)
 
     @property
@@ -108,8 +114,16 @@ class WindowFolder:
 
     def _replace(self, path: Path, content: dict[str, Any]) -> None:
         draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(content))
+        with draft.open("w") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         draft.replace(path)
+        folder = os.open(self._folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 class Arrivals:
@@ -193,6 +207,7 @@ class Planner:
         while (plan := folder.plan(self._next)) is not None:
             offsets |= {interval.partition: interval.end for interval in plan.intervals}
             self._next += 1
+        folder.forget(after=self._next)  # what stands behind a gap belongs to a history that is gone
         self._arrivals = Arrivals(source, offsets)
         #: The window that is trained on, or the next one; the training moves it on.
         self.consumed = position.window
@@ -205,7 +220,28 @@ class Planner:
             self._folder.end(self._next)
         except Exception as error:
             text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-            self._folder.end(self._next, text)
+            self._end(text)
+
+    def _end(self, error: str) -> None:
+        """Write down that the stream cannot go on; a disk that is full may take that later."""
+        while True:
+            try:
+                self._folder.end(self._next, error)
+                return
+            except OSError:
+                time.sleep(_RETRIES[-1])
+
+    def _look(self) -> tuple[list[Interval], int]:
+        """What could be the next window; a source that does not answer is asked again before that is the end."""
+        for pause in (*_RETRIES, None):
+            try:
+                self._arrivals.look()
+                return self._arrivals.propose(self._config.window_bytes)
+            except DataError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
+        raise AssertionError
 
     def _plans(self, stopping: Callable[[], bool]) -> Iterator[Plan]:
         opened: float | None = None
@@ -213,8 +249,7 @@ class Planner:
             if self._next > self.consumed + self._config.windows_ahead:
                 time.sleep(_PAUSE)
                 continue
-            self._arrivals.look()
-            intervals, size = self._arrivals.propose(self._config.window_bytes)
+            intervals, size = self._look()
             ended, now = self._arrivals.ended_after(intervals), time.monotonic()
             if intervals and opened is None:
                 opened = now
