@@ -15,7 +15,7 @@ def resume(reference: Run, overrides: Overrides = None, as_json: AsJson = False)
     given = overrides or []
     places = [override for override in given if override.startswith("run.dir=")]
     folder = found_run(reference, places)
-    if folder.info().get("kind") == "stream":
+    if folder.is_stream:
         raise Stop(f"run {folder.run_id} is a stream: nestling stream --resume {folder.run_id}", WRONG_USAGE)
     from nestling.training.resume import resumed_job  # torch takes seconds
 

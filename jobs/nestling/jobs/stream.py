@@ -13,7 +13,6 @@ from nestling.jobs.progress import TrainingProgress
 from nestling.jobs.train import attend, new_folder
 from nestling.tracking.runs import RunFolder
 
-STREAM = "stream"
 KEYS = (
     *("run_id", "status", "steps", "tokens", "prequential_bits_per_byte", "ledger", "dead_letter", "dead_letters"),
     *("records", "windows", "tokens_per_second", "train_loss", "checkpoint", "run_dir", "tracking_uri"),
@@ -54,13 +53,13 @@ def stream(
         raise Stop("needs a JOB, or --resume RUN or --verify RUN; nestling stream --help", WRONG_USAGE)
     config = load(given[0], given[1:], streamed=True)
     folder = new_folder(config)
-    folder.update(kind=STREAM)
+    folder.update(kind="stream")
     return _run(config, folder, as_json)
 
 
 def _stream_run(reference: str, overrides: list[str]) -> RunFolder:
     folder = found_run(reference, overrides)
-    if folder.info().get("kind") != STREAM:
+    if not folder.is_stream:
         raise Stop(
             f"run {folder.run_id} ({folder.name}) is no stream; nestling resume goes on with a training", WRONG_USAGE
         )

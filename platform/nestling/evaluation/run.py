@@ -36,7 +36,7 @@ def evaluate(
     Raises:
         CheckpointError, DataError: what is missing, and how to fix it.
     """
-    if source is None and folder.info().get("kind") == "stream":
+    if source is None and folder.is_stream:
         raise DataError(
             f"run {folder.run_id} has learnt from a stream and has no held-out text but its probes (nestling status); "
             "name a text to evaluate on, for example --data embedded:english"

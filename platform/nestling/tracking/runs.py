@@ -145,6 +145,11 @@ class RunFolder:
             info["status"] = "stopped"
         return info
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether the run learns from a stream, and not from a prepared corpus."""
+        return self.info().get("kind") == "stream"
+
     def status(self) -> str:
         """`running`, `finished`, `failed`, `interrupted`, or `stopped` when the driver was killed."""
         return str(self.info().get("status"))

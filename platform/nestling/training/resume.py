@@ -56,7 +56,7 @@ def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
     done_before = _done(before, folder)
     fixed: tuple[str, ...]
     changeable, fixed = (CHANGEABLE_AT_FIRST, FIXED_AT_FIRST) if done_before == 0 else (CHANGEABLE, FIXED)
-    if folder.info().get("kind") == "stream":
+    if folder.is_stream:
         fixed = (*fixed, "data.source")  # its partitions are what the offsets belong to
     old, new = flatten(to_mapping(before)), flatten(to_mapping(config))
     for key in sorted(old.keys() | new.keys()):

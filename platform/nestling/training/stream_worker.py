@@ -274,7 +274,8 @@ class StreamWorker:
         self._overdue = False
         self._saved = (training.position.window, training.batches_done)
         if self.books is not None:
-            self._begins[training.done] = training.position.window
+            # A step may be saved twice, after a window that took none or was undone: the earlier window is the safe one.
+            self._begins.setdefault(training.done, training.position.window)
 
     def _forget_windows(self) -> None:
         """Remove the plans of windows that lie before every snapshot that there is."""
