@@ -274,7 +274,7 @@ class StreamWorker:
         self._overdue = False
         self._saved = (training.position.window, training.batches_done)
         if self.books is not None:
-            # A step may be saved twice, after a window that took none or was undone: the earlier window is the safe one.
+            # A step may be saved twice, after a window without steps or one undone: the earlier window is safe.
             self._begins.setdefault(training.done, training.position.window)
 
     def _forget_windows(self) -> None:
