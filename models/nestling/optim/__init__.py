@@ -6,6 +6,7 @@ optimizer.
 
 from nestling.optim.components import COMPONENTS
 from nestling.optim.delta import watch_inputs
+from nestling.optim.ewc import EWC
 from nestling.optim.levels import Levels
 from nestling.optim.matrices import is_matrix, matrix_groups
 from nestling.optim.optimizers import M3, DeepMomentum, DeltaGradientDescent, DeltaMomentum, Muon
@@ -13,6 +14,7 @@ from nestling.optim.orthogonal import newton_schulz
 
 __all__ = [
     "COMPONENTS",
+    "EWC",
     "M3",
     "DeepMomentum",
     "DeltaGradientDescent",

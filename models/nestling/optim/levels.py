@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nestling.optim.components import COMPONENTS, SETTINGS, check_settings, rule_of
+from nestling.optim.ewc import EWC
 from nestling.optim.matrices import Unsharded, Whole, is_matrix
 from nestling.optim.nested import enclosing, remember, reset
 
@@ -40,6 +41,7 @@ class Levels(torch.optim.Optimizer):
             moves by AdamW in m3 and muon, by plain gradient descent in delta_gradient_descent.
         weight_decay: decoupled, applied when the level moves.
         slower: name of the level that this one is nested in, see `nestling.optim.nested`; None: it is in none.
+        ewc: holds the level to what it has learnt, by a penalty on the loss of every step; None: nothing does.
         settings: of the rules, such as `betas` or `momentum`, each for the groups whose rule has it:
             `betas=(0.9, 0.999)` and `eps=1e-8` of "adamw", `momentum=0` of "sgd", those of M3, Muon, ... of the others.
 
@@ -71,6 +73,7 @@ class Levels(torch.optim.Optimizer):
         matrix: bool = True,
         weight_decay: float = 0.0,
         slower: str | None = None,
+        ewc: EWC | None = None,
         **settings: Any,
     ) -> None:
         unknown = sorted(settings.keys() - set(SETTINGS))
@@ -87,6 +90,7 @@ class Levels(torch.optim.Optimizer):
             matrix=matrix,
             weight_decay=weight_decay,
             slower=slower,
+            ewc=ewc,
         )
         super().__init__(params, defaults)
         for group in self._groups:
@@ -170,14 +174,20 @@ class Levels(torch.optim.Optimizer):
             state["accumulator"] = torch.zeros_like(parameter)
             state.setdefault("filled", False)
         state["steps"] += 1
-        gradient = parameter.grad
+        gradient, ewc = parameter.grad, group["ewc"]
+        if ewc is not None and gradient is not None:
+            gradient = ewc.take_in(gradient, parameter, state)
         if "accumulator" in state:
             if gradient is not None:
                 state["accumulator"].add_(gradient)
                 state["filled"] = True
             gradient = state["accumulator"] if state["filled"] else None
-        if gradient is None or not _due(state["steps"], group):
-            return
+        if gradient is not None and _due(state["steps"], group):
+            self._move(parameter, gradient, state, group)
+        if ewc is not None:
+            ewc.consolidate(parameter, state)
+
+    def _move(self, parameter: Tensor, gradient: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         state["updates"] += 1
         slower = enclosing(group, self._groups)
         if id(parameter) not in self._given and isinstance(self.whole, Unsharded):

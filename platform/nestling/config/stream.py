@@ -58,14 +58,21 @@ class StreamConfig:
     replay_share: float = 0.0
     #: Bytes of memory for the sequences that are kept to be replayed, a uniform sample of all so far.
     replay_bytes: int = 1 << 20
+    #: Online elastic weight consolidation: weight of the penalty that holds the weights that have mattered so far; 0:
+    #: none. It is measured against the squares of clipped gradients, so that useful values are large.
+    ewc_strength: float = 0.0
+    #: Steps from one consolidation to the next, and what is then kept of the importance of earlier ones.
+    ewc_every: int = 50
+    ewc_decay: float = 0.9
     #: Factor of the fading prequential loss: how much of the past is left after a step.
     fading: float = 0.98
 
     def __post_init__(self) -> None:
         need("stream", self, "at least 1", whole, "window_bytes", "windows_ahead", "record_bytes")
         need("stream", self, "a finite value of at least 0", not_negative, "close_after", "settle_after", "lateness")
-        need("stream", self, "at least 1", whole, "probe_bytes", "replay_bytes")
-        need("stream", self, "a fraction from 0 to 1", fraction, "replay_share")
+        need("stream", self, "at least 1", whole, "probe_bytes", "replay_bytes", "ewc_every")
+        need("stream", self, "a fraction from 0 to 1", fraction, "replay_share", "ewc_decay")
+        need("stream", self, "a finite value of at least 0", not_negative, "ewc_strength")
         need("stream", self, "at least 0", lambda value: value >= 0, "probe_every")
         need("stream", self, "at least 0 and below 100", lambda value: 0 <= value < 100, "probe_percent")
         need("stream", self, "a finite value of at least 0", not_negative, "drift_delta")

@@ -22,6 +22,7 @@ from nestling.data.streams import Batch, Opening, Position
 from nestling.evaluation.drift import PageHinkley
 from nestling.evaluation.prequential import Prequential
 from nestling.evaluation.probes import Probes
+from nestling.optim import EWC
 from nestling.training.guard import Guard
 from nestling.training.loop import TrainingLoop
 from nestling.training.replay import Replay
@@ -59,6 +60,9 @@ class StreamTraining(TrainingLoop):
         self.window_nats = self.window_bytes = 0.0
         stream, length = config.stream, config.data.sequence_length
         self.replay = Replay(stream.replay_share, stream.replay_bytes, length, config.seed)
+        if stream.ewc_strength:
+            for group in self.levels.param_groups:
+                group["ewc"] = EWC(stream.ewc_strength, stream.ewc_every, stream.ewc_decay)
         #: What else the snapshot says, kept by rank 0's worker.
         self.files: dict[str, Any] = {}
         self._rows: tuple[np.ndarray, np.ndarray] | None = None
