@@ -25,6 +25,8 @@ from nestling.tuning.reproductions.figure import bars
 from nestling.tuning.reproductions.long_context import LongContext
 from nestling.tuning.reproductions.recipe import Recipe
 from nestling.tuning.reproductions.run import make_docs, make_folder, reproduce
+from nestling.tuning.reproductions.split_digits import SplitDigits
+from nestling.tuning.reproductions.stream import Stream
 from nestling.tuning.reproductions.table import cells, markdown, rows, with_spread
 from nestling.tuning.reproductions.text import Text
 from nestling.tuning.reproductions.training import Training
@@ -182,6 +184,11 @@ def tiny_model(model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tiny(work: Work) -> Work:
+    if isinstance(work, Stream):
+        sizes = ("data.sequence_length=64", "training.batch_tokens=256", "stream.probe_bytes=512")
+        return replace(work, domain_bytes=1000, overrides=(*work.overrides, *sizes, "model.layers=1"))
+    if isinstance(work, SplitDigits):
+        return replace(work, steps=3)
     if not isinstance(work, Training | LongContext):
         return work
     recipe = replace(work.recipe, steps=4, batch=2, check_every=2, examples=work.recipe.examples and 4)

@@ -13,7 +13,10 @@ from nestling.tuning.reproductions.experiment import Arm, Experiment, Outcome, T
 __all__ = ["NAMES", "Arm", "Experiment", "Outcome", "Trial", "Work", "experiment"]
 
 #: What `nestling reproduce` can do.
-NAMES = ("two-timescales", "formal-languages", "mqar", "mad", "optimizers", "ablation", "long-context")
+NAMES = (
+    *("two-timescales", "formal-languages", "mqar", "mad", "optimizers", "ablation", "long-context"),
+    *("five-domains", "split-digits"),
+)
 
 
 def experiment(name: str, full: bool = False) -> Experiment:

@@ -81,6 +81,7 @@ class Experiment:
         seeds: trials of each arm unless the person says otherwise.
         notes: what a reader of the table must know, a sentence or two each.
         draw: draws the outcomes into a picture file; None: bars of the table's values.
+        tabulate: the outcomes as the Markdown that the page shows; None: a line for each arm and metric.
     """
 
     name: str
@@ -90,3 +91,4 @@ class Experiment:
     seeds: int = 3
     notes: Sequence[str] = ()
     draw: Callable[[Sequence[Trial], str], None] | None = None
+    tabulate: Callable[[Sequence[Trial]], str] | None = None

@@ -89,22 +89,32 @@ def number(value: float) -> str:
     return f"{value:.2g}" if 0 < abs(value) < 1e-3 else f"{value:.4f}".rstrip("0").rstrip(".")
 
 
-def markdown(experiment: Experiment, made: Sequence[Row], command: str, setting: str) -> str:
+def markdown(
+    experiment: Experiment, made: Sequence[Row], command: str, setting: str, trials: Sequence[Trial] = ()
+) -> str:
     """The table with its heading, what made it, and the notes; the figure lies beside it under the same name."""
     lines = [
         f"# {experiment.title}",
         "",
         f"{experiment.source}. Made by `{command}`; {setting}.",
         "",
-        f"| {' | '.join(HEADINGS.values())} |",
-        "|---" * len(HEADINGS) + "|",
-        *(f"| {' | '.join(cells(row)[key] for key in HEADINGS)} |" for row in made),
-        "",
-        "Ours: mean over the seeds ± standard deviation; in the picture, from the lowest seed to the highest. "
-        "Chance: what guessing scores.",
+        _line_by_line(made) if experiment.tabulate is None else experiment.tabulate(trials),
         "",
         f"![{experiment.title}](reproduce-{experiment.name}.png)",
     ]
     if experiment.notes:
         lines += ["", *(f"- {note}" for note in experiment.notes)]
     return "\n".join(lines) + "\n"
+
+
+def _line_by_line(made: Sequence[Row]) -> str:
+    """A line for each arm and metric."""
+    lines = [
+        f"| {' | '.join(HEADINGS.values())} |",
+        "|---" * len(HEADINGS) + "|",
+        *(f"| {' | '.join(cells(row)[key] for key in HEADINGS)} |" for row in made),
+        "",
+        "Ours: mean over the seeds ± standard deviation; in the picture, from the lowest seed to the highest. "
+        "Chance: what guessing scores.",
+    ]
+    return "\n".join(lines)
