@@ -53,7 +53,7 @@ def test_status_says_where_a_stream_stands(folder):
         **{"run_id": folder.run_id, "state": "interrupted", "steps": 8, "tokens": 800, "lag": {path: 9}},
         **{"prequential_bits_per_byte": 4.5, "probes": {"english": 3.25}, "levels": {"level1": 7}, "rollbacks": 0},
         **{"drifts": [{"step": 6, "window": 2}], "snapshot": "/there/step-00000005", "tokens_per_second": None},
-        **{"offsets": {path: 6}, "window": 3},
+        **{"offsets": {path: 6}, "window": 3, "changes": []},
     }
     said = call("status", "news").stdout
     for part in ("window 3;", "6 (9 behind)", "4.500 bits per byte", "english 3.250", "step 6", "step-00000005"):

@@ -155,7 +155,7 @@ def test_a_checkpoint_becomes_one_file(folder: RunFolder, job: JobConfig) -> Non
     store = run_store(job, folder)
     model = save(store, 10, job)
     shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    assert export_weights(store, shapes, folder.weights) == 10
+    assert export_weights(store, job, folder.weights) == 10
     exported = load_file(folder.weights)
     assert {name: weight.shape for name, weight in exported.items()} == shapes
     assert all(torch.equal(exported[name], parameter) for name, parameter in model.named_parameters())

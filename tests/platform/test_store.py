@@ -189,6 +189,50 @@ def test_the_newest_and_the_best_are_kept(place: str, store: Store) -> None:
             store.prune(keep, keep_best)
 
 
+def test_a_pinned_checkpoint_stays(place: str, store: Store, tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(store, step, metric=float(step))
+    pinned = store.checkpoints()[-2]
+    store.pin(pinned)
+    assert Store(place, tmp_path / "other").pinned() == {2}  # whoever opens the place knows
+    assert [checkpoint.step for checkpoint in store.prune(keep=1, keep_best=0)] == [3, 1]
+    assert steps(store) == [4, 2]
+    store.unpin(pinned)
+    store.unpin(pinned)
+    assert store.pinned() == set() and [checkpoint.step for checkpoint in store.prune(1, 0)] == [2]
+    with pytest.raises(CheckpointError, match="step-00000002 has just been removed; pin a newer one"):
+        store.pin(pinned)
+    assert store.pinned() == set()
+
+
+def test_what_is_set_aside_counts_no_more_and_is_not_lost(place: str, store: Store) -> None:
+    for step in (1, 2, 3, 4):
+        save(store, step)
+    store.pin(store.checkpoints()[0])
+    change(place, "step-00000003/manifest.json", lambda text: text[:-9])
+    before = {path for path in all_files(place) if path.startswith(("step-00000003", "step-00000004/"))}
+    assert store.set_aside(after=2) == [4, 3]
+    assert steps(store) == [2, 1] and store.damaged() == [] and store.pinned() == set()
+    assert {f"set-aside-1/{path}" for path in before} <= all_files(place)
+    save(store, 4)
+    assert store.set_aside(after=4) == [] and steps(store) == [4, 2, 1]
+    # A pinned one of a history that was left is no snapshot to go on from, and yet not lost.
+    store.pin(store.checkpoints()[0])
+    assert [checkpoint.step for checkpoint in store.prune(9, 0, newest=2)] == [4]
+    assert steps(store) == [2, 1] and any(path.startswith("set-aside-2/step-00000004") for path in all_files(place))
+
+
+def test_one_document_alone(place: str, store: Store) -> None:
+    checkpoint = save(store, 7)
+    assert json.loads(store.document(checkpoint, "state.json")) == {"step": 7}
+    with pytest.raises(CheckpointError, match=r"step-00000007/other.json is missing"):
+        store.document(checkpoint, "other.json")
+    (path,) = (path for path in all_files(place) if path.endswith("state.json"))
+    change(place, path, lambda text: b"[" + text[1:])
+    with pytest.raises(CheckpointError, match=r"state.json was altered"):
+        store.document(checkpoint, "state.json")
+
+
 def test_checkpoints_of_a_history_that_was_left_are_removed(store: Store) -> None:
     for step in (40, 60, 80):
         save(store, step, metric=1.0 / step)

@@ -22,12 +22,14 @@ from nestling.jobs.doctor import doctor
 from nestling.jobs.evaluate import evaluate
 from nestling.jobs.export import export
 from nestling.jobs.generate import generate
+from nestling.jobs.level import level
 from nestling.jobs.levels import levels
 from nestling.jobs.memory import memory
 from nestling.jobs.output import log_to_terminal
 from nestling.jobs.reproduce import reproduce
 from nestling.jobs.resume import resume
 from nestling.jobs.runs import runs
+from nestling.jobs.snapshot import snapshot
 from nestling.jobs.status import status
 from nestling.jobs.stream import stream
 from nestling.jobs.tokenizer import tokenizer
@@ -85,6 +87,8 @@ for _verb in (
 ):
     app.command()(_verb)
 app.add_typer(memory)
+app.add_typer(snapshot)
+app.add_typer(level)
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ from nestling.tracking.runs import RunFolder
 
 KEYS = (
     *("run_id", "state", "steps", "tokens", "lag", "prequential_bits_per_byte", "probes", "levels", "drifts"),
-    *("rollbacks", "snapshot", "tokens_per_second", "offsets", "window"),
+    *("rollbacks", "snapshot", "tokens_per_second", "offsets", "window", "changes"),
 )
 #: Seconds from one look to the next.
 EVERY = 2.0
@@ -64,6 +64,7 @@ def standing(folder: RunFolder) -> dict[str, Any]:
         "tokens_per_second": last.get("train/tokens_per_second"),
         "offsets": offsets,
         "window": position.get("window"),
+        "changes": read_json(folder.changes).get("changes", []),
     }
 
 
@@ -94,6 +95,9 @@ def report(folder: RunFolder, found: dict[str, Any]) -> str:
     if found["rollbacks"]:
         lines["undone"] = f"{found['rollbacks']} times back to a snapshot"
     lines["snapshot"] = found["snapshot"] or "none yet"
+    if found["changes"]:
+        lines["changes"] = ", ".join(f"{change['level']} every {change['period']}" for change in found["changes"])
+        lines["changes"] += " at the next snapshot"
     return in_columns(lines)
 
 
@@ -119,5 +123,5 @@ def _lag(folder: RunFolder, offsets: dict[str, int]) -> dict[str, int] | None:
 
 
 def _newest(events: list[dict[str, Any]]) -> str | None:
-    saved = [event for event in events if event["kind"] == "checkpoint"]
+    saved = [event for event in events if event["kind"] in ("checkpoint", "restored")]
     return None if not saved else str(saved[-1]["message"]).rpartition(" saved to ")[2]

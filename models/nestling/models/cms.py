@@ -30,6 +30,13 @@ class Level(nn.Module):
         return self.out(F.silu(self.into(self.norm(x))))
 
 
+def silent_level(width: int, hidden: int) -> Level:
+    """A level that adds nothing to the residual stream yet: its output matrix is zero, all else is as in any other."""
+    level = Level(width, hidden, depth=1)
+    nn.init.zeros_(level.out.weight)
+    return level
+
+
 class IndependentLevels(nn.Module):
     """The head-wise variant: sum_l w_l MLP_l(x), with one trained weight a level (Eq. 74).
 

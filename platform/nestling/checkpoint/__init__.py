@@ -6,7 +6,6 @@ a thread, `store` finds, checks, opens and removes checkpoints; `final` gives a 
 
 from nestling.checkpoint.errors import CheckpointError, ResumeError
 from nestling.checkpoint.final import (
-    WEIGHT,
     export_weights,
     load_final,
     newest_good,
@@ -15,8 +14,9 @@ from nestling.checkpoint.final import (
     trained_step,
     write_weights,
 )
+from nestling.checkpoint.grown import grown
 from nestling.checkpoint.manifest import Checkpoint
-from nestling.checkpoint.pieces import BUCKET, Piece, Pieces, write_pieces
+from nestling.checkpoint.pieces import BUCKET, WEIGHT, Piece, Pieces, write_pieces
 from nestling.checkpoint.saver import Saver
 from nestling.checkpoint.store import OpenCheckpoint, Store
 
@@ -32,6 +32,7 @@ __all__ = [
     "Saver",
     "Store",
     "export_weights",
+    "grown",
     "load_final",
     "newest_good",
     "open_weights",

@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nestling.checkpoint.errors import CheckpointError
-from nestling.checkpoint.pieces import write_tensors
+from nestling.checkpoint.grown import grown
+from nestling.checkpoint.pieces import WEIGHT, write_tensors
 from nestling.checkpoint.place import below
 from nestling.checkpoint.store import OpenCheckpoint, Store
 from nestling.config import JobConfig, from_yaml
@@ -26,9 +27,6 @@ from nestling.tracking import RunFolder
 
 log = logging.getLogger(__name__)
 
-#: Name of a parameter's float32 weights among the tensors of a checkpoint.
-WEIGHT = "weight/"
-
 
 def run_store(config: JobConfig, folder: RunFolder) -> Store:
     """Where the checkpoints of a run lie: `checkpoint.dir`, or `checkpoints` in its folder."""
@@ -38,17 +36,19 @@ def run_store(config: JobConfig, folder: RunFolder) -> Store:
     return Store(below(config.checkpoint.dir, folder.path.name), scratch=local)
 
 
-def export_weights(store: Store, shapes: Mapping[str, torch.Size], path: Path) -> int:
+def export_weights(store: Store, config: JobConfig, path: Path) -> int:
     """Write the float32 weights of the newest good checkpoint as one safetensors file, a parameter in memory at a time.
 
     Args:
-        shapes: of every parameter.
+        config: the job, which says what parameters there are.
         path: the file; it is either the old one or the whole new one. Its folder holds the draft.
 
     Returns:
         The checkpoint's step.
     """
-    found = newest_good(store)
+    found = grown(newest_good(store), config)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in build(config.model).named_parameters()}
     tensors = {name: (torch.float32, shape) for name, shape in sorted(shapes.items())}
     draft = path.with_suffix(".tmp")
     write_tensors(draft, tensors, (found.pieces.read(WEIGHT + name) for name in tensors))
@@ -91,9 +91,7 @@ def write_weights(folder: RunFolder, path: Path) -> int:
         shutil.copyfile(folder.weights, path)
         return int(folder.info()["steps"])
     config = from_yaml(folder.config.read_text())
-    with torch.device("meta"):
-        shapes = {name: parameter.shape for name, parameter in build(config.model).named_parameters()}
-    return export_weights(run_store(config, folder), shapes, path)
+    return export_weights(run_store(config, folder), config, path)
 
 
 def trained_step(folder: RunFolder) -> int | None:
@@ -131,7 +129,7 @@ def open_weights(folder: RunFolder, config: JobConfig) -> Weights:
         sizes = {name: math.prod(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         return Weights(str(folder.weights), sizes, lambda name: file.get_tensor(name).flatten())
     store = run_store(config, folder)
-    found = newest_good(store)
+    found = grown(newest_good(store), config)
     log.info("taking the checkpoint of step %d", found.checkpoint.step)
     sizes = {n.removeprefix(WEIGHT): size for n, size in found.pieces.sizes.items() if n.startswith(WEIGHT)}
     return Weights(store.location(found.checkpoint), sizes, lambda name: found.pieces.read(WEIGHT + name))

@@ -51,6 +51,11 @@ def is_folder_name(name: str) -> bool:
     return _FOLDER.fullmatch(name) is not None
 
 
+def step_of(name: str) -> int:
+    """The step of a checkpoint's folder."""
+    return int(name.removeprefix("step-"))
+
+
 def is_file_name(name: str) -> bool:
     """Whether a checkpoint can hold a file of this name."""
     return _FILE.fullmatch(name) is not None

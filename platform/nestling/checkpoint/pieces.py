@@ -21,6 +21,9 @@ from torch import Tensor
 
 from nestling.checkpoint.errors import CheckpointError
 
+#: Name of a parameter's float32 weights among the tensors of a checkpoint.
+WEIGHT = "weight/"
+
 BUCKET = 64 * 2**20
 """Bytes of memory that writing may take beside the tensors themselves."""
 

@@ -119,6 +119,20 @@ class Place:
                 self.remove_file(f"{path}/{MANIFEST}")
             self._files.delete_dir(self._at(path))
 
+    def move(self, path: str, target: str) -> None:
+        """Move a folder; a kill in between leaves all of it where it was."""
+        if self.folder:
+            there = self.folder / target
+            there.parent.mkdir(parents=True, exist_ok=True)
+            (self.folder / path).rename(there)
+            sync(there.parent)
+            sync(self.folder)
+            return
+        for info in self._files.get_file_info(FileSelector(self._at(path), recursive=True)):
+            if info.type == FileType.File:
+                self._files.copy_file(info.path, self._at(target) + info.path.removeprefix(self._at(path)))
+        self.remove(path)
+
     def _at(self, path: str) -> str:
         return f"{self._root}/{path}" if path else self._root
 

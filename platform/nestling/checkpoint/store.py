@@ -16,12 +16,15 @@ from typing import BinaryIO
 
 from nestling.checkpoint.draft import Draft, remove_attempts, target_of
 from nestling.checkpoint.errors import CheckpointError
-from nestling.checkpoint.manifest import Checkpoint, is_folder_name, parse
+from nestling.checkpoint.manifest import Checkpoint, is_folder_name, parse, step_of
 from nestling.checkpoint.pieces import Pieces
 from nestling.checkpoint.place import MANIFEST, Place
 
 SHARD = ".safetensors"
 """How the names of files with pieces end; all other files are documents."""
+
+_PINNED = ".pinned"  # beside the folder of a checkpoint that is pinned lies an empty file of its name and this
+_ASIDE = "set-aside-"
 
 
 @dataclass(frozen=True)
@@ -123,15 +126,70 @@ class Store:
         shards = [folder / file for file in checkpoint.files if file.endswith(SHARD)]
         return OpenCheckpoint(checkpoint, documents, Pieces(shards))
 
+    def document(self, checkpoint: Checkpoint, name: str) -> str:
+        """One document alone, verified; nothing else is fetched.
+
+        Raises:
+            CheckpointError: it is missing or damaged.
+        """
+        file = next((file for file in checkpoint.files if Path(file).name == name), name)
+        problem = self._problem(checkpoint, file) if file in checkpoint.files else "is missing"
+        if problem:
+            raise CheckpointError(f"{self.location(checkpoint)}/{file} {problem}")
+        return self._place.read(f"{checkpoint.name}/{file}").decode()
+
+    def pin(self, checkpoint: Checkpoint) -> None:
+        """Keep a checkpoint whatever `prune` is told.
+
+        Raises:
+            CheckpointError: it has been removed meanwhile.
+        """
+        self._place.write(checkpoint.name + _PINNED, b"")
+        if checkpoint not in self.checkpoints():
+            self.unpin(checkpoint)
+            raise CheckpointError(f"{self.location(checkpoint)} has just been removed; pin a newer one")
+
+    def unpin(self, checkpoint: Checkpoint) -> None:
+        """Let `prune` remove a checkpoint again."""
+        self._unpin(checkpoint.name)
+
+    def pinned(self) -> set[int]:
+        """Steps of the checkpoints that are pinned."""
+        names = (name.removesuffix(_PINNED) for name in self._place.files("") if name.endswith(_PINNED))
+        return {step_of(name) for name in names if is_folder_name(name)}
+
+    def set_aside(self, after: int) -> list[int]:
+        """Move checkpoints of steps later than `after`, damaged ones and their pins too, to where they do not count.
+
+        That is a folder `set-aside-1` (2, 3, ...) of the place. If it is cut short, do it again.
+
+        Returns:
+            Their steps.
+        """
+        names = [name for name in self._place.folders() if is_folder_name(name) and step_of(name) > after]
+        return [step_of(name) for name in self._set_aside(sorted(names, key=step_of, reverse=True))]
+
+    def _set_aside(self, names: list[str]) -> list[str]:
+        numbers = [name.removeprefix(_ASIDE) for name in self._place.folders() if name.startswith(_ASIDE)]
+        number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
+        for name in names:
+            self._place.move(name, f"{_ASIDE}{number}/{name}")
+            self._unpin(name)
+        return names
+
+    def _unpin(self, name: str) -> None:
+        if name + _PINNED in self._place.files(""):
+            self._place.remove_file(name + _PINNED)
+
     def prune(self, keep: int, keep_best: int, newest: int | None = None) -> list[Checkpoint]:
-        """Remove all but the newest `keep` checkpoints and the `keep_best` with the lowest metric.
+        """Remove all but the newest `keep` checkpoints, the `keep_best` with the lowest metric, and those pinned.
 
         Args:
             newest: the step that training is at. Checkpoints of later steps, of a history that it has left because they
-                were damaged or led nowhere, are removed as well.
+                were damaged or led nowhere, are removed as well; a pinned one among them is set aside.
 
         Returns:
-            The ones removed. One whose manifest is damaged is not touched.
+            The ones that are gone. One whose manifest is damaged is not touched.
         """
         if keep < 1 or keep_best < 0:
             raise ValueError(f"keep={keep} and keep_best={keep_best}: at least the newest checkpoint must be kept")
@@ -140,9 +198,14 @@ class Store:
         measured = [checkpoint for checkpoint in checkpoints if checkpoint.metric is not None]
         best = sorted(measured, key=lambda checkpoint: checkpoint.manifest["metric"])[:keep_best]  # newest of equals
         kept = {checkpoint.step for checkpoint in checkpoints[:keep] + best}
+        pinned = self.pinned()
+        kept |= {checkpoint.step for checkpoint in checkpoints if checkpoint.step in pinned}
         removed = [checkpoint for checkpoint in everything if checkpoint.step not in kept]
         for checkpoint in removed:
-            self._place.remove(checkpoint.name)
+            if checkpoint.step in pinned:
+                self._set_aside([checkpoint.name])
+            else:
+                self._place.remove(checkpoint.name)
         return removed
 
     def clear_drafts(self) -> None:

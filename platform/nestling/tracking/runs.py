@@ -103,6 +103,11 @@ class RunFolder:
         return self.path / "stop"
 
     @property
+    def changes(self) -> Path:
+        """Changes of levels that were asked for and wait for the next snapshot, `changes.json`."""
+        return self.path / "changes.json"
+
+    @property
     def ray_log(self) -> Path:
         """What Ray and DeepSpeed print, `ray.log`."""
         return self.path / "ray.log"

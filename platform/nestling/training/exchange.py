@@ -28,9 +28,10 @@ from nestling.checkpoint import (
 )
 from nestling.checkpoint.alone import WeightsHash, commit_tensors
 from nestling.checkpoint.level_file import LevelFile, Origin, read_level, write_level
-from nestling.config import ConfigError, JobConfig, LevelConfig, from_yaml
+from nestling.config import ConfigError, JobConfig, LevelConfig
 from nestling.tracking import RunFolder
 from nestling.training.groups import level_members
+from nestling.training.resume import job_of
 
 
 def export_level(run: RunFolder, level: str, out: Path) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def export_level(run: RunFolder, level: str, out: Path) -> dict[str, Any]:
         ConfigError: the run has no such level, or was not adapted.
         CheckpointError: it has no weights, or no good checkpoint, which says what its levels have seen.
     """
-    config, base = _job(run), _base(run)
+    config, base = job_of(run), _base(run)
     name = _level_name(config, level)
     settings = _settings(config, name)
     members, weights = level_members(config), open_weights(run, config)
@@ -78,7 +79,7 @@ def load_level(run: RunFolder, folder: Path) -> dict[str, Any]:
         RunBusyError: the run is being trained.
     """
     with run.claim():
-        config, base, entering = _job(run), _base(run), read_level(folder)
+        config, base, entering = job_of(run), _base(run), read_level(folder)
         origin = entering.origin
         if origin.base["sha256"] != base["sha256"]:
             raise ConfigError(
@@ -101,8 +102,7 @@ def load_level(run: RunFolder, folder: Path) -> dict[str, Any]:
         )
         run.event("level-loaded", f"level {name} came from {folder}", level=name, sha256=origin.base["sha256"])
         if finished:
-            shapes = {each: shape for level in members.values() for each, shape in level.items()}
-            export_weights(store, shapes, run.weights)
+            export_weights(store, config, run.weights)
         run.evaluation.unlink(missing_ok=True)  # it is about the weights before
         run.update(heldout_bits_per_byte=None)
     settings = _settings(config, name)
@@ -114,12 +114,6 @@ def load_level(run: RunFolder, folder: Path) -> dict[str, Any]:
         "checkpoint": store.location(checkpoint),
         "rest": "same" if rest == origin.rest_sha256 else "other",
     }
-
-
-def _job(run: RunFolder) -> JobConfig:
-    if not run.config.exists():
-        raise ConfigError(f"run {run.run_id} ({run.name}) has no configuration: it ended before it began")
-    return from_yaml(run.config.read_text(encoding="utf-8"))
 
 
 def _base(run: RunFolder) -> dict[str, str]:

@@ -27,7 +27,7 @@ def parameter_groups(model: LanguageModel, config: JobConfig) -> list[dict[str, 
     """Parameter groups for `Levels`, every parameter in exactly one.
 
     Raises:
-        ConfigError: a level's patterns match no parameter that is left.
+        ConfigError: a level's patterns match no parameter that is left, or one of a level behind it.
     """
     left = dict(model.named_parameters())
     names = {id(parameter): name for name, parameter in left.items()}
@@ -36,6 +36,11 @@ def parameter_groups(model: LanguageModel, config: JobConfig) -> list[dict[str, 
     for level in config.levels:
         if level.width is not None or level.layers:
             chosen = [names[id(parameter)] for parameter in next(cms, [])]
+            if taken := [name for name in chosen if name not in left]:
+                raise ConfigError(
+                    f"level {level.name}: its parameter {taken[0]} is in a level before it, whose `parameters` match "
+                    "it; give that level other patterns, or put it behind this one"
+                )
         else:
             chosen = [name for name in left if any(fnmatchcase(name, pattern) for pattern in level.parameters)]
             if not chosen:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from nestling.checkpoint import WEIGHT, Checkpoint, Piece, ResumeError, Saver, Store
+from nestling.checkpoint import WEIGHT, Checkpoint, Piece, ResumeError, Saver, Store, grown
 from nestling.config import to_yaml
 from nestling.tracking import Tracker
 from nestling.training.state import engine_pieces, load_engine, optimizer_scalars, random_state, set_random_state
@@ -98,7 +98,7 @@ class Keeper:
         checkpoint = self._newest_good(before)
         if checkpoint is None:
             return None
-        found = self._store.open(checkpoint)
+        found = grown(self._store.open(checkpoint), self._training.config)
         state = json.loads(found.documents["state.json"])
         if state["format"] != FORMAT:
             raise ResumeError(

@@ -39,6 +39,13 @@ FIXED_AT_FIRST = ("data.tokenizer",)
 DERIVED = ("run.dir", "model.level_layers")
 
 
+def job_of(folder: RunFolder) -> JobConfig:
+    """The job of a run as it stands; ConfigError if the run has not begun."""
+    if not folder.config.exists():
+        raise ConfigError(f"run {folder.run_id} ({folder.name}) has no configuration: it ended before it began")
+    return from_yaml(folder.config.read_text(encoding="utf-8"))
+
+
 def resumed_job(folder: RunFolder, overrides: Sequence[str] = ()) -> JobConfig:
     """The job of a run that goes on.
 

@@ -24,6 +24,7 @@ from nestling.models import build
 from nestling.tracking import RunFolder, TrackedRun, finish, followed, start
 from nestling.tracking.client import shown
 from nestling.training.attended import attended, ending
+from nestling.training.changes import CHANGED, take_up
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +125,8 @@ def drive(
         folder.stop.unlink(missing_ok=True)
         status, store, tracked = "failed", None, None
         try:
+            if folder.config.exists():
+                config = take_up(folder, config)
             _check_levels(config)
             config = _complete(config)
             if not folder.config.exists():  # from here on there is something to resume
@@ -136,7 +139,9 @@ def drive(
                 work = prepare(config, folder, begun)
                 folder.write_config(to_yaml(config))
                 with followed(folder, on_progress, on_event):
-                    result = _train(_on_device(config), work, folder, tracked)
+                    while (result := _train(_on_device(config), work, folder, tracked))["status"] == CHANGED:
+                        config = take_up(folder, config)
+                        tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
             result["checkpoint"] = _newest(store)
             result |= work.figures
             status = result.pop("status")

@@ -21,6 +21,7 @@ from nestling.evaluation.probes import ALL, Probes, probe_losses
 from nestling.tracking import RunFolder, Tracker
 from nestling.tracking.files import replace_json
 from nestling.training.books import Books
+from nestling.training.changes import CHANGED
 from nestling.training.keeper import Keeper
 from nestling.training.stream_loop import StreamTraining
 from nestling.training.window_guard import Standing, harm, unigram_entropy
@@ -50,6 +51,8 @@ class StreamWorker:
         #: The window at which each snapshot begins that was saved here, by its step.
         self._begins: dict[int, int] = {}
         self._overdue = False
+        #: Whether levels are to change at the snapshot that was just saved; equal on all ranks.
+        self._changing = False
         self._opening: Opening | None = None
         self._before = Standing({}, None)
         self._tokenizer = Tokenizer.load(folder.tokenizer, self.config.data.separator)
@@ -83,8 +86,10 @@ class StreamWorker:
             return self._figures("failed") | {"error": error}
         if training.stop or self.folder.stop.exists():
             return self._figures("interrupted")
+        if self._changing:
+            return self._figures(CHANGED)
         if self.tracker is not None:
-            export_weights(self.store, training.shapes, self.folder.weights)
+            export_weights(self.store, self.config, self.folder.weights)
         tokens = (training.done - first) * settings.batch_tokens
         return self._figures("finished") | {"tokens_per_second": tokens / seconds if tokens else None}
 
@@ -111,9 +116,7 @@ class StreamWorker:
             self._windows.begin()
             self._tell_position()
             self.planner = Planner(self.source, self._windows, self.config.stream, training.position)
-            threading.Thread(
-                target=self.planner.run, args=(self.folder.stop.exists,), name="planner", daemon=True
-            ).start()
+            threading.Thread(target=self.planner.run, args=(self._ending,), name="planner", daemon=True).start()
         torch.distributed.barrier()  # the mark of an earlier end is gone
 
     def _learn(self) -> None:
@@ -130,7 +133,7 @@ class StreamWorker:
                 self._after_step()
             if self._opening is not None and training.batches_done == self._opening.batches:
                 self._close()
-            if training.stop or training.done >= settings.last_step:
+            if training.stop or self._changing or training.done >= settings.last_step:
                 return
             if training.guard.in_a_row >= settings.max_skipped:
                 return
@@ -276,6 +279,13 @@ class StreamWorker:
         if self.books is not None:
             # A step may be saved twice, after a window without steps or one undone: the earlier window is safe.
             self._begins.setdefault(training.done, training.position.window)
+        asked = [self.folder.changes.exists()]
+        torch.distributed.broadcast_object_list(asked)
+        self._changing = asked[0]
+
+    def _ending(self) -> bool:
+        """Whether no more windows are to be planned here."""
+        return self._changing or self.folder.stop.exists()
 
     def _forget_windows(self) -> None:
         """Remove the plans of windows that lie before every snapshot that there is."""

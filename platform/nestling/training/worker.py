@@ -109,7 +109,7 @@ class Worker:
             return self._figures("interrupted")
         report = self._evaluation or self._evaluate(training.config.evaluation.final_tokens)
         if self.tracker is not None:
-            export_weights(self.store, training.shapes, self.folder.weights)
+            export_weights(self.store, training.config, self.folder.weights)
         tokens = (training.done - first) * training.config.training.batch_tokens
         rate = tokens / seconds if tokens else None
         return self._figures("finished") | {"tokens_per_second": rate, "evaluation": report.as_dict()}

@@ -1,0 +1,114 @@
+"""A person works on a stream: levels change while it runs, and it goes back to a snapshot.
+
+Real processes, one of them killed; what must be equal is equal to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.jobs.test_faults import Run, events
+from tests.jobs.test_stream_faults import begin, outcome, texts, verified
+from typer.testing import CliRunner
+
+from nestling.checkpoint import OpenCheckpoint, Store, grown
+from nestling.config import from_yaml
+from nestling.jobs.app import app
+from nestling.models import build
+
+STEPS = 120
+
+__all__ = ["texts"]  # the fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+def call(*arguments: object) -> dict[str, Any]:
+    result = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert result.exit_code == 0, result.output
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return found
+
+
+def logits(found: OpenCheckpoint, config_of: OpenCheckpoint | None = None) -> torch.Tensor:
+    """What the model of a snapshot says, by its own configuration or that of another one."""
+    config = from_yaml((config_of or found).documents["config.yaml"])
+    model = build(config.model)
+    found = grown(found, config)
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(found.pieces.read(f"weight/{name}").view(parameter.shape))
+    with torch.no_grad():
+        said: torch.Tensor = model(torch.arange(128)[None] % 256)[0]
+    return said
+
+
+def resumed(runs: Path, folder: Path) -> dict[str, Any]:
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    code, summary, said = Run(runs, "stream", "--resume", run_id).ended()
+    assert code == 0 and summary["steps"] == STEPS, said
+    verified(runs, folder)
+    return outcome(folder)
+
+
+def test_levels_change_while_a_stream_runs(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NESTLING_RUNS", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = begin(tmp_path, texts, "checkpoint.keep=99", steps=STEPS)
+    folder = run.reaches(12)
+    run_id = json.loads((folder / "run.json").read_text())["run_id"]
+    added = call("level", "add", run_id, "--period", 4, "--width", 16)
+    assert (added["level"], added["taken_up"]) == ("level3", False)
+    changed = call("level", "period", run_id, "level1", 9)
+    assert (changed["period_before"], changed["taken_up"]) == (7, False)
+    refused = CliRunner().invoke(app, ["snapshot", "restore", run_id, "--step", "10"])
+    assert refused.exit_code == 2 and "is being trained by process" in refused.output
+    run.until(lambda: len(events(folder, "resumed")) == 1)
+    at = events(folder, "resumed")[0]["step"]
+    log = folder / "log.jsonl"
+    run.until(lambda: log.read_bytes().count(b"\n") >= at + 25)
+    run.kill()
+    assert [event["level"] for event in events(folder, "levels")] == ["level3", "level1"]
+    live = resumed(tmp_path, folder)
+
+    # The two snapshots around the change: the same logits, and the same state of what was there before.
+    store = Store(folder / "checkpoints")
+    before, after = (store.open(each) for each in store.checkpoints()[::-1] if each.step in (at, at + 10))
+    config = from_yaml(after.documents["config.yaml"])
+    assert [(level.name, level.period) for level in config.levels] == [("level3", 4), ("level1", 9), ("level2", 5)]
+    assert torch.equal(logits(before), logits(before, config_of=after))
+    assert not torch.equal(logits(before), logits(after))
+    lineage = json.loads(after.documents["state.json"])["lineage"]
+    changes = next(entry for entry in lineage if "levels" in entry)
+    assert changes["from"] == before.checkpoint.name and {each["level"] for each in changes["levels"]} == {
+        "level1",
+        "level3",
+    }
+    assert {each["step"] for each in call("snapshot", "list", run_id)["snapshots"] if each["good"]} >= {at, at + 10}
+
+    # From then on each level moves at its period, by the steps of the stream.
+    updates = {
+        record["step"]: [int(record.get(f"levels/level{n}/updates", -1)) for n in (1, 2, 3)]
+        for record in map(json.loads, log.read_text().splitlines())
+    }
+    assert updates[at][2] == -1
+    for step in range(at + 1, STEPS + 1):
+        expected = [at // 7 + step // 9 - at // 9, step // 5, step // 4 - at // 4]
+        assert updates[step] == expected, step
+    assert any(row["name"].startswith("CMS level3") for row in call("levels", run_id)["components"])
+
+    # Back to before the change: it goes on as if there had been none ...
+    restored = call("snapshot", "restore", run_id, "--step", at)
+    assert restored["set_aside"] == list(range(STEPS, at, -10))
+    assert [level.name for level in from_yaml((folder / "config.yaml").read_text()).levels] == ["level1", "level2"]
+    plain = resumed(tmp_path, folder)
+    same = [a[1:2] == b[1:2] for a, b in zip(live["losses"], plain["losses"], strict=True)]
+    assert all(same[: at + 1]) and not all(same[at + 1 :])  # the first loss after the change is by the same logits
+    # ... and with the same change, made while it rests, it ends as the one that it was made to while it ran.
+    call("snapshot", "restore", run_id, "--step", at)
+    assert call("level", "add", run_id, "--period", 4, "--width", 16)["taken_up"]
+    assert call("level", "period", run_id, 2, 9)["taken_up"]
+    assert resumed(tmp_path, folder) == live
