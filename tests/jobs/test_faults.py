@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -39,12 +40,13 @@ class Run:
         self.runs, self.before = runs, set(runs.glob("*/run.json"))
         environment = dict(os.environ) | {"NESTLING_RUNS": str(runs)}
         environment.pop("MLFLOW_TRACKING_URI", None)
+        self._said = tempfile.TemporaryFile("w+")  # a pipe that nobody reads would stop a long run
         self.process = subprocess.Popen(
             [sys.executable, "-m", "nestling.jobs.app", *arguments, "--json"],
             env=environment,
             cwd=ROOT,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
         )
 
@@ -79,10 +81,11 @@ class Run:
     def ended(self) -> tuple[int, dict[str, Any], str]:
         """Exit code, JSON and what was said."""
         try:
-            out, err = self.process.communicate(timeout=150)
+            out, _ = self.process.communicate(timeout=150)
         finally:
             self.process.kill()
-        return self.process.returncode, json.loads(out.splitlines()[-1]) if out else {}, err
+        self._said.seek(0)
+        return self.process.returncode, json.loads(out.splitlines()[-1]) if out else {}, self._said.read()
 
 
 def fingerprint(folder: Path) -> tuple[str, list[tuple[int, float]]]:

@@ -16,18 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.jobs.streams import JOB, STEPS, begin, head, in_mlflow, outcome, readers, resumed, truncate_newest, verified
 from tests.jobs.test_faults import Run, events
-
-STEPS = 60
-#: Periods of 7 and 5 steps are in the middle of an accumulation at most snapshots.
-JOB = [
-    *("training.batch_tokens=256", "data.sequence_length=64", "training.log_every=1", "training.warmup_steps=2"),
-    *("training.schedule=constant", "training.evaluate_every=0", "training.checkpoint_every=10"),
-    *("model.width=32", "model.heads=1", "model.layers=1", "training.zero_stage=2"),
-    *("levels=[{width: 32, period: 7}, {width: 32, period: 5, optimizer: sgd}]", "stream.window_bytes=2000"),
-    *("stream.dead_share=0.5", "stream.probe_every=15", "stream.probe_percent=10", "stream.replay_share=0.1"),
-    "stream.replay_bytes=8192",
-]
 
 pytestmark = pytest.mark.slow
 
@@ -47,33 +37,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
-
-
-def begin(runs: Path, texts: Path, *more: str, workers: int = 1, steps: int | None = STEPS) -> Run:
-    limit = "null" if steps is None else steps
-    places = [f"data.source={texts}", f"training.workers={workers}", f"training.steps={limit}"]
-    return Run(runs, "stream", "jobs/five-domains.yaml", *JOB, *places, *more)
-
-
-def outcome(folder: Path) -> dict[str, Any]:
-    """All that must be equal to the bit."""
-    records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    ledger = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    # Which snapshot a line came with depends on when there was one; what was learnt does not.
-    entries = [{key: value for key, value in line.items() if key not in ("ckpt_id", "previous")} for line in ledger]
-    return {
-        "weights": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-        "losses": [(record["step"], record["train/loss"], record["prequential/bits_per_byte"]) for record in records],
-        "ledger": entries,
-        "letters": (folder / "dead_letters.jsonl").read_text(),
-    }
-
-
-def verified(runs: Path, folder: Path) -> dict[str, Any]:
-    run_id = json.loads((folder / "run.json").read_text())["run_id"]
-    code, found, said = Run(runs, "stream", "--verify", run_id).ended()
-    assert code == 0 and found["ok"], said
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +61,7 @@ def undisturbed(runs: Path, texts: Path) -> dict[str, Any]:
 def test_a_killed_reader_and_a_killed_worker(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
     run = begin(runs, texts)
     folder = run.reaches(15)
-    children = psutil.Process(run.process.pid).children(recursive=True)
-    (reader,) = (child for child in children if "ReadWindows" in "".join(child.cmdline()))
+    (reader,) = readers(run)
     reader.kill()
     run.until(lambda: len(events(folder, "resumed")) == 1)
     run.reaches(37)
@@ -122,14 +84,11 @@ def test_an_interrupted_stream_a_killed_driver_and_a_truncated_snapshot(
     run.process.send_signal(signal.SIGTERM)
     code, summary, said = run.ended()
     assert (code, summary["status"]) == (130, "interrupted"), said
-    run, log = Run(runs, "stream", "--resume", summary["run_id"]), folder / "log.jsonl"
+    run, log = resumed(runs, folder), folder / "log.jsonl"
     run.until(lambda: log.read_bytes().count(b"\n") >= min(summary["steps"] + 12, STEPS - 12))
     run.kill()
-    newest = max((folder / "checkpoints").glob("step-*"))
-    shard = newest / "rank-00000.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    run_id = json.loads((folder / "run.json").read_text())["run_id"]
-    code, _, said = Run(runs, "stream", "--resume", run_id).ended()
+    truncate_newest(folder)
+    code, _, said = resumed(runs, folder).ended()
     assert code == 0, said
     assert "a checkpoint is damaged, so the one before it is used" in said
     assert outcome(folder) == undisturbed
@@ -139,15 +98,12 @@ def test_an_interrupted_stream_a_killed_driver_and_a_truncated_snapshot(
 def test_the_head_of_ray_is_killed(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
     run = begin(runs, texts)
     folder = run.reaches(25)
-    children = psutil.Process(run.process.pid).children(recursive=True)
-    (head,) = (child for child in children if child.name().startswith("gcs_server"))
     workers = run.workers()
-    head.kill()
+    head(run).kill()
     code, _, said = run.ended()
     assert code != 0, said
     psutil.wait_procs(workers, timeout=60)
-    run_id = json.loads((folder / "run.json").read_text())["run_id"]
-    code, _, said = Run(runs, "stream", "--resume", run_id).ended()
+    code, _, said = resumed(runs, folder).ended()
     assert code == 0, said
     assert outcome(folder) == undisturbed
     verified(runs, folder)
@@ -161,8 +117,7 @@ def test_without_the_accumulators_it_is_another_run(runs: Path, texts: Path, und
     folder = run.reaches(27)
     run.kill()
     zero_accumulators(Store(folder / "checkpoints"))
-    run_id = json.loads((folder / "run.json").read_text())["run_id"]
-    code, _, said = Run(runs, "stream", "--resume", run_id).ended()
+    code, _, said = resumed(runs, folder).ended()
     assert code == 0, said
     found = outcome(folder)
     assert found["weights"] != undisturbed["weights"] and found["losses"] != undisturbed["losses"]
@@ -270,6 +225,9 @@ def test_a_window_of_garbage_is_undone_and_a_new_domain_is_not(
     assert [(place["start"], place["end"]) for place in undone[0]["intervals"]] == [(120, 160)]
     assert "the loss on the probes rose by" in undone[0]["reason"]
     assert outcome(found["noisy"])["weights"] == outcome(found["clean"])["weights"]
+    (back,) = events(found["noisy"], "rolled-back")
+    assert ("rolled-back", back["step"], 3) in in_mlflow(found["noisy"])
+    assert json.loads((found["noisy"] / "log.jsonl").read_text().splitlines()[-1])["stream/rollbacks"] == 1
 
 
 def test_a_topic_is_learnt(runs: Path) -> None:

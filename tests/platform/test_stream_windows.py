@@ -9,10 +9,22 @@ import pytest
 
 from nestling.config.stream import StreamConfig
 from nestling.data import IGNORED, DataError, Tokenizer
-from nestling.data.streams import Interval, Opening, Planner, Position, Record, Rules, StreamSource, WindowFolder
+from nestling.data.streams import (
+    Interval,
+    Opening,
+    Planner,
+    Position,
+    Record,
+    Rules,
+    StreamSource,
+    WindowFolder,
+    reader,
+)
 from nestling.data.streams.content import batches, read_window
-from nestling.data.streams.reader import Reading, ReadingFailed
+from nestling.data.streams.reader import Next, Reading, ReadingFailed
 from nestling.data.streams.windows import Arrivals, Plan
+from nestling.training.needed_windows import NeededWindows
+from nestling.training.whereabouts import PARTITIONS, whereabouts
 
 
 class Lists(StreamSource):
@@ -70,6 +82,24 @@ def test_windows_abut_and_hold_no_more_than_they_should(tmp_path):
     assert abut(plans) == {"a": 23, "b": 9}
     sizes = [sum(10 * (i.end - i.start) for i in plan.intervals) for plan in plans]
     assert all(size == 40 for size in sizes[:-1]) and 0 < sizes[-1] <= 40
+
+
+def test_the_lag_is_what_the_source_holds_beyond_what_was_learnt(tmp_path):
+    source = Lists(a=texts(23), b=texts(9))
+    windows = WindowFolder(tmp_path)
+    windows.begin()
+    planner = Planner(source, windows, StreamConfig(window_bytes=35, close_after=0, poll_every=0.01), Position())
+    planner.run(lambda: windows.plan(1) is not None)
+    lag = planner.lag({"a": 4})
+    assert lag == {"a": 19, "b": 9}
+    assert whereabouts({"a": 4}, lag) == {
+        **{"stream/position_total": 4, "stream/lag_total": 28, "stream/lag_worst": 19},
+        **{"stream/position/a": 4, "stream/lag/a": 19, "stream/lag/b": 9},
+    }
+    many = {f"{number}": number for number in range(PARTITIONS + 1)}
+    assert whereabouts(many, many).keys() == {"stream/position_total", "stream/lag_total", "stream/lag_worst"}
+    (name,) = (key for key in whereabouts({"/" + "x" * 999: 1}, {}) if key.startswith("stream/position/"))
+    assert len(name) < 250 and name.count("/") == 2  # as MLflow takes it
 
 
 def test_a_planned_window_stays_though_more_has_come(tmp_path):
@@ -233,7 +263,7 @@ def test_a_reader_begins_at_any_window(tmp_path):
     reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4)
 
     def read(window):
-        return [reading._parsed(table) for table in reading.tables(window, None)]
+        return [item for table in reading.tables(window, None) for item in reading._parsed(table)]
 
     whole, later = read(0), read(2)
     openings = [place for place, item in enumerate(whole) if isinstance(item, Opening)]
@@ -247,13 +277,24 @@ def test_a_reader_begins_at_any_window(tmp_path):
             assert (one.targets == two.targets).all() and (one.inputs == two.inputs).all() and one.bytes == two.bytes
 
 
+def test_a_reader_leaves_off_between_two_windows_and_says_how_to_go_on(tmp_path, monkeypatch):
+    source = Lists(a=texts(23))  # four a window
+    planned(source, tmp_path)
+    reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4)
+    whole = list(reading.tables(0, None))
+    monkeypatch.setattr(reader, "WINDOWS", 2)
+    first = list(reading.tables(0, None))
+    assert first[:-1] == whole[:2]
+    assert list(reading._parsed(first[-1])) == [Next(window=2, latest=7.0)]
+
+
 def test_what_goes_wrong_in_a_reader_reaches_whoever_follows_it(tmp_path):
     source = Lists(a=texts(23))
     planned(source, tmp_path)
     source.partitions["a"] = texts(2)  # offsets that were there are gone
     reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4)
     with pytest.raises(ReadingFailed, match="IndexError"):
-        [reading._parsed(table) for table in reading.tables(0, None)]
+        [item for table in reading.tables(0, None) for item in reading._parsed(table)]
 
 
 def test_windows_that_no_snapshot_needs_are_forgotten(tmp_path):
@@ -261,3 +302,18 @@ def test_windows_that_no_snapshot_needs_are_forgotten(tmp_path):
     planned(Lists(a=texts(23)), tmp_path)
     windows.forget(3)
     assert windows.plan(2) is None and windows.plan(3) is not None
+
+
+def test_a_step_that_is_saved_twice_keeps_the_plan_of_its_earlier_window(tmp_path):
+    """The second of the two may have failed, and then the first is what a stream goes on from."""
+    windows = WindowFolder(tmp_path)
+    planned(Lists(a=texts(23)), tmp_path)
+    needed = NeededWindows(windows)
+    for step, window in ((10, 2), (10, 4), (20, 5)):  # windows 2 and 3 held nothing to train on
+        needed.saving(step, window)
+    needed.forget({10, 30})  # one of an earlier process
+    assert windows.plan(0) is not None
+    needed.forget({10, 20})
+    assert windows.plan(1) is None and windows.plan(2) is not None
+    needed.forget({20})
+    assert windows.plan(4) is None and windows.plan(5) is not None

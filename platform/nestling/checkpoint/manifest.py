@@ -40,6 +40,11 @@ class Checkpoint:
         """What the best checkpoints are chosen by, lower is better; None if nothing was measured."""
         return self.manifest["metric"]
 
+    @property
+    def created(self) -> float:
+        """When, in seconds since 1970."""
+        return datetime.fromisoformat(self.manifest["created"]).timestamp()
+
 
 def folder_name(step: int) -> str:
     """The folder of a step's checkpoint."""

@@ -1,4 +1,4 @@
-"""Takes what waits for MLflow there: a run's resumption, then its outbox in order, then its end.
+"""Takes what waits for MLflow there: a run's resumption, then its outbox in order, its events, and its end.
 
 Whatever fails is raised and stays where it was, so that the next attempt begins with it; everything may be delivered
 twice. The same code serves the sender beside a training, the end of a run, and later runs that clear up.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nestling.tracking.client import connect
+from nestling.tracking.event_table import EventTable
 from nestling.tracking.files import read_json, replace_json
 from nestling.tracking.models import drop_model, put_model
 from nestling.tracking.outbox import Entry, Outbox, Row, is_waiting
@@ -72,10 +73,11 @@ class Courier:
         self._run_id = mlflow_run_id
         self._folder = folder
         self._outbox = outbox
+        self._events = EventTable(folder.events)
         self._batch = _BATCH
 
     def deliver(self, go_on: Callable[[], bool]) -> None:
-        """Deliver the resumption and the outbox, as long as `go_on` says so; raises whatever MLflow raises."""
+        """Deliver all but the end, as long as `go_on` says so; raises whatever MLflow raises."""
         begin = _begin(self._folder)
         if begin.exists():
             resume_run(self._client, self._run_id, read_json(begin).get("parameters", {}))
@@ -83,7 +85,7 @@ class Courier:
         while go_on():
             entries, end = self._outbox.next(self._batch)
             if not entries:
-                return
+                break
             try:
                 rows = self._hand_over(entries)
             except Exception:
@@ -91,6 +93,8 @@ class Courier:
                 raise
             self._batch = min(_BATCH, self._batch * 2)
             self._outbox.done(end, rows)
+        if go_on():
+            self._events.deliver(self._client, self._run_id)
 
     def deliver_end(self) -> None:
         """Deliver the end that `note_end` left, if any: artifacts, the final weights as a logged model, the status."""

@@ -37,6 +37,7 @@ class StreamTraining(TrainingLoop):
         counts: records trained on, broken and late so far, whole windows only.
         prequential: the losses before learning; `window_nats` and `window_bytes` are those of the present window.
         probes, detector: what is held out, and the detector of drift.
+        rollbacks: windows that were undone.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class StreamTraining(TrainingLoop):
         self.detector = PageHinkley(config.stream.drift_delta, config.stream.drift_threshold)
         #: Alarms of the detector, and the step of the last one.
         self.drifts, self.drifted = 0, 0
+        self.rollbacks = 0
         self.window_nats = self.window_bytes = 0.0
         stream, length = config.stream, config.data.sequence_length
         self.replay = Replay(stream.replay_share, stream.replay_bytes, length, config.seed)
@@ -110,7 +112,11 @@ class StreamTraining(TrainingLoop):
 
     def record(self) -> dict[str, float]:
         counts = {f"stream/{name}": float(value) for name, value in self.counts.items()}
-        others = {"stream/window": float(self.position.window), "stream/drifts": float(self.drifts)}
+        others = {
+            "stream/window": float(self.position.window),
+            "stream/drifts": float(self.drifts),
+            "stream/rollbacks": float(self.rollbacks),
+        }
         return super().record() | self.prequential.metrics() | counts | others
 
     def state(self) -> dict[str, Any]:
@@ -123,6 +129,7 @@ class StreamTraining(TrainingLoop):
                 "probes": self.probes.state(),
                 "detector": self.detector.state(),
                 "drifts": [self.drifts, self.drifted],
+                "rollbacks": self.rollbacks,
                 "replayed_from": self.replay.seen,
                 "window": [self.window_nats, self.window_bytes],
                 "files": self.files,
@@ -138,6 +145,7 @@ class StreamTraining(TrainingLoop):
         self.probes.load(stream["probes"])
         self.detector.load(stream["detector"])
         self.drifts, self.drifted = stream["drifts"]
+        self.rollbacks = stream["rollbacks"]
         self._seen = stream["replayed_from"]
         self.window_nats, self.window_bytes = stream["window"]
         self.files = stream["files"]

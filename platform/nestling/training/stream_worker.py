@@ -10,6 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -23,7 +24,9 @@ from nestling.tracking.files import replace_json
 from nestling.training.books import Books
 from nestling.training.changes import CHANGED
 from nestling.training.keeper import Keeper
+from nestling.training.needed_windows import NeededWindows
 from nestling.training.stream_loop import StreamTraining
+from nestling.training.whereabouts import whereabouts
 from nestling.training.window_guard import Standing, harm, unigram_entropy
 from nestling.training.worker import at_post
 
@@ -48,8 +51,7 @@ class StreamWorker:
         self.planner: Planner | None = None
         self._windows = WindowFolder(folder.path / "windows")
         self._saved: tuple[int, int] | None = None
-        #: The window at which each snapshot begins that was saved here, by its step.
-        self._begins: dict[int, int] = {}
+        self._needed = NeededWindows(self._windows)
         self._overdue = False
         #: Whether levels are to change at the snapshot that was just saved; equal on all ranks.
         self._changing = False
@@ -225,6 +227,7 @@ class StreamWorker:
                 f"window {window} is to be undone ({reason}), but the snapshot before it could not be saved; make room "
                 "for snapshots"
             )
+        training.rollbacks += 1
         if self.tracker is not None and self.books is not None:
             self.tracker.rewind(training.done)
             message = f"window {window} is undone, from step {step} back to {training.done}: {reason}"
@@ -246,6 +249,10 @@ class StreamWorker:
             self.tracker.event("skipped", f"step {training.done} moved nothing: {training.refused}")
         last = training.done >= settings.last_step
         record = training.record() if last or training.done % settings.log_every == 0 else {}
+        if record and self.planner is not None:
+            record |= whereabouts(training.position.offsets, self.planner.lag(training.position.offsets))
+            if self.keeper.good is not None:
+                record["stream/snapshot_age_seconds"] = max(0.0, time.time() - self.keeper.good.created)
         if training.drifted == training.done and self.tracker is not None:
             message = f"step {training.done}: the loss has risen as it does when the data change"
             self.tracker.event("drift", message, step=training.done, window=training.position.window)
@@ -271,14 +278,13 @@ class StreamWorker:
         training = self.training
         if self.books is not None:
             good = self.keeper.settled()
-            self._forget_windows()
+            with suppress(OSError):  # another time
+                self._needed.forget({checkpoint.step for checkpoint in self.store.checkpoints()})
+            self._needed.saving(training.done, training.position.window)
             training.files = self.books.commit(training.done, None if good is None else good.step)
         self.keeper.save(record)
         self._overdue = False
         self._saved = (training.position.window, training.batches_done)
-        if self.books is not None:
-            # A step may be saved twice, after a window without steps or one undone: the earlier window is safe.
-            self._begins.setdefault(training.done, training.position.window)
         asked = [self.folder.changes.exists()]
         torch.distributed.broadcast_object_list(asked)
         self._changing = asked[0]
@@ -286,16 +292,6 @@ class StreamWorker:
     def _ending(self) -> bool:
         """Whether no more windows are to be planned here."""
         return self._changing or self.folder.stop.exists()
-
-    def _forget_windows(self) -> None:
-        """Remove the plans of windows that lie before every snapshot that there is."""
-        try:
-            steps = {checkpoint.step for checkpoint in self.store.checkpoints()}
-        except OSError:
-            return
-        if steps and steps <= self._begins.keys():
-            self._begins = {step: window for step, window in self._begins.items() if step in steps}
-            self._windows.forget(before=min(self._begins.values()))
 
     def _figures(self, status: str) -> dict[str, Any]:
         training = self.training

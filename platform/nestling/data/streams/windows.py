@@ -10,7 +10,7 @@ import json
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,18 +132,26 @@ class Arrivals:
     What a look finds in partitions at the same time is taken in their order; what later looks find comes behind it, so
     that a partition that grows without end does not keep others waiting. Of each partition two ends are remembered at
     most: the one whose turn comes first, and the newest.
+
+    Attributes:
+        offsets: how far each partition is planned.
+        ends: where each partition ended when it was last looked at.
+        begins: where each partition begins that was not in `offsets`.
     """
 
     def __init__(self, source: StreamSource, offsets: dict[str, int]) -> None:
         self.source, self.offsets = source, dict(offsets)
+        self.ends: Mapping[str, int] = {}
+        self.begins: dict[str, int] = {}
         self._queue: deque[str] = deque()
         self._ends: dict[str, list[int]] = {}
 
     def look(self) -> None:
         """See what has come."""
-        for partition, end in self.source.ends(self.offsets).items():
+        found = self.source.ends(self.offsets)
+        for partition, end in found.items():
             if partition not in self.offsets:
-                self.offsets[partition] = self.source.begins(partition)
+                self.offsets[partition] = self.begins[partition] = self.source.begins(partition)
             ends = self._ends.setdefault(partition, [])
             if end <= max(ends, default=self.offsets[partition]):
                 continue
@@ -152,6 +160,7 @@ class Arrivals:
                 self._queue.append(partition)
             else:
                 ends[1] = end
+        self.ends = found
 
     def propose(self, budget: int) -> tuple[list[Interval], int]:
         """Intervals with text of about `budget` bytes, less if there is not so much, and their bytes."""
@@ -221,6 +230,11 @@ class Planner:
         except Exception as error:
             text = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
             self._end(text)
+
+    def lag(self, offsets: Mapping[str, int]) -> dict[str, int]:
+        """How far each partition reached beyond these offsets at the last look, in the source's own units."""
+        begins = self._arrivals.begins
+        return {name: end - offsets.get(name, begins.get(name, 0)) for name, end in self._arrivals.ends.items()}
 
     def _end(self, error: str) -> None:
         """Write down that the stream cannot go on; a disk that is full may take that later."""
