@@ -1,8 +1,9 @@
 """A Ray cluster for one command: join the one that RAY_ADDRESS names, or start one on this machine.
 
-Two defaults of Ray stop a small machine. Ray Train may take every CPU, and then Ray Data, which reads the corpus, waits
-for ever: a cluster started here gets two logical CPUs more than there are workers. And `report` waits for the
-controller's next poll, two seconds by default: it polls twice a second here.
+Three defaults of Ray stop a small machine. Ray Train may take every CPU, and then Ray Data, which reads the corpus,
+waits for ever: a cluster started here gets two logical CPUs more than there are workers. `report` waits for the
+controller's next poll, two seconds by default: it polls twice a second here. And Ray's head remembers 100,000 tasks, of
+which every poll is one, so that it grows for hours: here it remembers 1000.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ def connected(workers: int = 0, gpus: int = 0, readers: int = 1) -> Iterator[Non
         ClusterError: RAY_ADDRESS names a cluster that does not answer, or one with too little.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_task_events_max_num_task_in_gcs", "1000")
     import ray
 
     ours = not ray.is_initialized()

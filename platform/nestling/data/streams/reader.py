@@ -1,15 +1,16 @@
-"""Windows through Ray Data: one read task that never ends, one block a batch.
+"""Windows through Ray Data: a read task that goes on and on, one block a window.
 
 Every rank has an iterator of its own over the same windows and gets whole batches, of which it trains on its rows, so
 the number of workers changes no batch and no order. Ray Data's backpressure is loose; what bounds the memory is that no
-window is planned, and so none read, more than `stream.windows_ahead` beyond training.
+window is planned, and so none read, more than `stream.windows_ahead` beyond training. And Ray Data keeps some two kB
+about every block for as long as a dataset is read (2.60), so after some windows another one goes on.
 """
 
 from __future__ import annotations
 
 import json
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,8 +27,10 @@ from nestling.data.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from ray.data import Dataset
 
-#: A batch's arrays, as bytes in a column each.
+#: The arrays of a window's batches, one behind the other, as bytes in a column each.
 _ARRAYS: dict[str, Any] = {"inputs": np.int32, "targets": np.int32, "domains": np.int16}
+#: Windows after which a dataset ends; the next one takes about a second to come.
+WINDOWS = 500
 
 
 class ReadingFailed(RuntimeError):
@@ -48,6 +51,18 @@ class Opening:
 
 
 @dataclass(frozen=True)
+class Next:
+    """Where another dataset goes on.
+
+    Attributes:
+        window, latest: its first window, and the latest event time before it.
+    """
+
+    window: int
+    latest: float | None
+
+
+@dataclass(frozen=True)
 class Reading:
     """All that a reader needs to know.
 
@@ -65,29 +80,34 @@ class Reading:
     rows: int
 
     def tables(self, window: int, latest: float | None) -> Iterator[pa.Table]:
-        """The windows from number `window` on: a table of one row for each opening, then one for each batch.
+        """The windows from number `window` on, each a table of one row: what is said of it, and all its batches.
 
-        What goes wrong becomes a last row and no exception: Ray would try again and print its own traceback.
+        Ends with the stream, or after `WINDOWS` of them with a row that says how to go on. What goes wrong becomes a
+        last row and no exception: Ray would try again and print its own traceback.
         """
         try:
             yield from self._tables(window, latest)
         except StreamEnded as error:
-            yield _table(json.dumps({"ended": str(error)}), [])
+            yield _table({"ended": str(error)})
         except DataError as error:
-            yield _table(json.dumps({"error": str(error)}), [])
+            yield _table({"error": str(error)})
         except Exception as error:
-            yield _table(json.dumps({"error": "".join(traceback.format_exception(error))}), [])
+            yield _table({"error": "".join(traceback.format_exception(error))})
 
     def _tables(self, window: int, latest: float | None) -> Iterator[pa.Table]:
-        folder = WindowFolder(self.folder)
+        folder, last = WindowFolder(self.folder), window + WINDOWS
         while (plan := folder.wait(window)) is not None:
             content = read_window(self.source, plan, self.rules, latest)
             made = batches(content.trained, self.tokenizer, self.length, self.rows)
-            yield _table(json.dumps({"summary": content.summary(), "batches": len(made)}), [])
-            for batch in made:
-                about = json.dumps({"names": batch.names, "bytes": batch.bytes})
-                yield _table(about, [batch.inputs, batch.targets, batch.domains])
+            about = {
+                "summary": content.summary(),
+                "batches": [{"names": batch.names, "bytes": batch.bytes} for batch in made],
+            }
+            yield _table(about, {name: [getattr(batch, name) for batch in made] for name in _ARRAYS})
             window, latest = window + 1, content.latest
+            if window == last:
+                yield _table({"next": {"window": window, "latest": latest}})
+                return
 
     def dataset(self, window: int, latest: float | None) -> Dataset:
         """The same as a Ray Dataset; needs a running Ray with a CPU to spare."""
@@ -98,7 +118,7 @@ class Reading:
         reading = self
 
         class Windows(Datasource):
-            """The never-ending read task."""
+            """The read task."""
 
             def estimate_inmemory_data_size(self) -> int | None:
                 return None
@@ -120,24 +140,35 @@ class Reading:
             StreamEnded: the source cannot go on; all readers of the stream find that out in the same place.
             ReadingFailed: a window cannot be read, here at least.
         """
-        dataset = self.dataset(window, latest)
-        for table in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
-            yield self._parsed(table)
+        place: Next | None = Next(window, latest)
+        while place is not None:
+            dataset = self.dataset(place.window, place.latest)
+            place = None
+            for table in dataset.iter_batches(batch_size=None, prefetch_batches=0, batch_format="pyarrow"):
+                for item in self._parsed(table):
+                    if isinstance(item, Next):
+                        place = item
+                    else:
+                        yield item
 
-    def _parsed(self, table: pa.Table) -> Opening | Batch:
+    def _parsed(self, table: pa.Table) -> Iterator[Opening | Batch | Next]:
         row = table.to_pylist()[0]
         about = json.loads(row["about"])
         if "ended" in about:
             raise StreamEnded(about["ended"])
         if "error" in about:
             raise ReadingFailed(about["error"])
-        if "summary" in about:
-            return Opening(about["summary"], about["batches"])
-        arrays = {name: np.frombuffer(row[name], kind).reshape(-1, self.length) for name, kind in _ARRAYS.items()}
-        return Batch(**arrays, names=about["names"], bytes=about["bytes"])
+        if "next" in about:
+            yield Next(**about["next"])
+            return
+        yield Opening(about["summary"], len(about["batches"]))
+        shape = (-1, self.rows, self.length)
+        arrays = {name: np.frombuffer(row[name], kind).reshape(shape) for name, kind in _ARRAYS.items()}
+        for place, said in enumerate(about["batches"]):
+            yield Batch(**{name: array[place] for name, array in arrays.items()}, **said)
 
 
-def _table(about: str, arrays: list[np.ndarray]) -> pa.Table:
-    raw = [array.tobytes() for array in arrays] or [b""] * len(_ARRAYS)
-    columns = {name: pa.array([data], pa.binary()) for name, data in zip(_ARRAYS, raw, strict=True)}
-    return pa.table({"about": pa.array([about]), **columns})
+def _table(about: dict[str, Any], arrays: Mapping[str, list[np.ndarray]] | None = None) -> pa.Table:
+    cells = {name: b"".join(part.tobytes() for part in (arrays or {}).get(name, ())) for name in _ARRAYS}
+    columns = {name: pa.array([data], pa.large_binary()) for name, data in cells.items()}
+    return pa.table({"about": pa.array([json.dumps(about)]), **columns})
