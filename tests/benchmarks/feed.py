@@ -82,7 +82,7 @@ def tokens_per_second(steps: dict[str, Callable[[], int]], repeats: int) -> dict
 
 def measure(cache: Path, repeats: int) -> dict[str, float]:
     english = prepare(DataConfig(source=ENGLISH), cache)
-    mix = prepare(DataConfig(mix=[MixConfig(ENGLISH, 3.0), MixConfig(PYTHON, 1.0)]), cache)
+    mix = prepare(DataConfig(mix=[MixConfig(ENGLISH, weight=3.0), MixConfig(PYTHON, weight=1.0)]), cache)
     bpe = train_tokenizer(open_source(ENGLISH), 4096, heldout_percent=10).tokenizer
     steps = {
         "feed, one source, 8 x 1024": feeding(english, 1024, 8),

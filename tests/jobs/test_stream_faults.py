@@ -11,12 +11,14 @@ import os
 import shutil
 import signal
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
-from tests.jobs.streams import JOB, STEPS, begin, head, in_mlflow, outcome, readers, resumed, truncate_newest, verified
+from tests.jobs import streams
+from tests.jobs.streams import JOB, STEPS, head, in_mlflow, outcome, readers, resumed, truncate_newest, verified
 from tests.jobs.test_faults import Run, events
 
 pytestmark = pytest.mark.slow
@@ -39,9 +41,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
+def begin(runs: Path, texts: Path, *more: str, **settings: Any) -> Run:
+    """A stream of two sources: what a.jsonl holds is to last, what b.jsonl holds may write one level only."""
+    lasting, mood = f"source: {texts}/a.jsonl, name: lasting", f"source: {texts}/b.jsonl, name: mood, levels: [level1]"
+    return streams.begin(runs, texts, f"stream.sources=[{{{lasting}}}, {{{mood}}}]", *more, **settings)
+
+
 @pytest.fixture(scope="module")
-def undisturbed(runs: Path, texts: Path) -> dict[str, Any]:
-    run = begin(runs, texts)
+def whole(runs: Path, texts: Path) -> tuple[Path, dict[str, Any]]:
+    """Folder and outcome of a stream that nothing happened to; the others have fewer snapshots."""
+    run = begin(runs, texts, "training.checkpoint_every=2", "checkpoint.keep=100")
     folder = run.folder()
     code, summary, said = run.ended()
     assert code == 0 and summary["status"] == "finished" and summary["steps"] == STEPS, said
@@ -55,7 +64,43 @@ def undisturbed(runs: Path, texts: Path) -> dict[str, Any]:
     assert proof["records"] == summary["records"] > 60 and summary["dead_letters"] >= 3
     first = json.loads(found["letters"].splitlines()[0])
     assert first["reason"].startswith("no JSON") and first["sha256"] == hashlib.sha256(b"{broken\n").hexdigest()
-    return found
+    assert (first["source"], first["partition"]) == ("lasting", f"lasting/{texts}/a.jsonl")
+    return folder, found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(whole: tuple[Path, dict[str, Any]]) -> dict[str, Any]:
+    return whole[1]
+
+
+def test_a_mood_leaves_no_trace_in_levels_that_it_may_not_write(whole: tuple[Path, dict[str, Any]]) -> None:
+    """Weights and optimizer state of each level, in two snapshots within one window."""
+    from nestling.checkpoint import Store
+    from nestling.config import from_yaml
+    from nestling.training.groups import level_members
+
+    folder, found = whole
+    sources = {line["window_id"]: line["source"] for line in found["ledger"]}
+    assert list(sources.values())[:5] == ["lasting", "mood", "lasting", "mood", "lasting"]
+    members = level_members(from_yaml((folder / "config.yaml").read_text()))
+    level_of = {name: level for level, names in members.items() for name in names}
+    store = Store(folder / "checkpoints")
+
+    def kept(checkpoint: Any) -> tuple[int, dict[str, Any]]:
+        """The window that a snapshot lies in, and all that it holds of each level."""
+        saved = store.open(checkpoint)
+        state = json.loads(saved.documents["state.json"])
+        held: dict[str, Any] = {level: [state["optimizer"][name] for name in members[level]] for level in members}
+        for name, size in saved.pieces.sizes.items():
+            if level := level_of.get(name.partition("/")[2]):
+                held[level].append((name, saved.pieces.read(name, 0, size).numpy().tobytes()))
+        return state["stream"]["position"]["window"], held
+
+    changed: dict[str, set[str]] = {"lasting": set(), "mood": set()}
+    for (window, after), (earlier, before) in pairwise(map(kept, store.checkpoints())):  # the newest first
+        if window == earlier and window in sources:
+            changed[sources[window]] |= {level for level in members if after[level] != before[level]}
+    assert changed == {"lasting": {"level1", "level2", "base"}, "mood": {"level1"}}
 
 
 def test_a_killed_reader_and_a_killed_worker(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:

@@ -53,11 +53,31 @@ def test_status_says_where_a_stream_stands(folder):
         **{"run_id": folder.run_id, "state": "interrupted", "steps": 8, "tokens": 800, "lag": {path: 9}},
         **{"prequential_bits_per_byte": 4.5, "probes": {"english": 3.25}, "levels": {"level1": 7}, "rollbacks": 0},
         **{"drifts": [{"step": 6, "window": 2}], "snapshot": "/there/step-00000005", "tokens_per_second": None},
-        **{"offsets": {path: 6}, "window": 3, "changes": []},
+        **{"offsets": {path: 6}, "window": 3, "changes": [], "sources": {}},
     }
     said = call("status", "news").stdout
     for part in ("window 3;", "6 (9 behind)", "4.500 bits per byte", "english 3.250", "step 6", "step-00000005"):
         assert part in said
+
+
+def test_status_of_several_sources(folder, tmp_path):
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "b.txt").write_text("a word\n")
+    sources = f"[{{source: {tmp_path}/texts}}, {{source: {more}, name: mood, levels: [level1, base]}}]"
+    config = load("jobs/five-domains.yaml", [f"stream.sources={sources}", f"run.dir={tmp_path}/runs"], streamed=True)
+    folder.config.write_text(to_yaml(config))
+    replace_json(folder.position, {"window": 3, "offsets": {f"texts/{tmp_path}/texts/a.txt": 6}})
+    with folder.log.open("a") as log:
+        log.write(json.dumps({"step": 9, "stream/records/texts": 4.0, "prequential/texts/bits_per_byte": 5.0}) + "\n")
+    found = json.loads(call("status", "news", "--json").stdout.splitlines()[-1])
+    assert found["lag"] == {f"texts/{tmp_path}/texts/a.txt": 9, f"mood/{more}/b.txt": 7}
+    assert found["sources"] == {
+        "texts": {"records": 4, "levels": None},
+        "mood": {"records": 0, "levels": ["level1", "base"]},
+    }
+    said = call("status", "news").stdout
+    assert "texts, 4 records, writes every level; mood, 0 records, writes level1, base" in said
 
 
 def test_a_source_that_does_not_answer_leaves_the_lag_open(folder, tmp_path):

@@ -108,6 +108,30 @@ def test_update_norms_are_what_moved():
     assert levels.pop_update_norms() == {}
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_frozen_level_does_not_know_of_the_steps(optimizer):
+    """It goes on as if they had not been: no decay, no momentum, no count; the other level takes them in."""
+    grads, others = gradients(9, (3, 2)), gradients(9, (3, 2))
+
+    def levels_of(slow, fast):
+        groups = [{"params": [slow], "name": "slow", "period": 2}, {"params": [fast], "name": "fast"}]
+        return Levels(groups, lr=0.1, weight_decay=0.1, optimizer=optimizer)
+
+    (slow, fast), (alone, unfrozen) = parameters((3, 2), (3, 2)), parameters((3, 2), (3, 2))
+    levels, reference = levels_of(slow, fast), levels_of(alone, unfrozen)
+    for step in range(9):
+        levels.frozen = frozenset({"slow"}) if 3 <= step < 6 else frozenset()
+        slow.grad, fast.grad = grads[step].clone(), others[step].clone()
+        levels.step()
+        if not levels.frozen:
+            alone.grad, unfrozen.grad = grads[step].clone(), others[step].clone()
+            reference.step()
+    assert torch.equal(slow, alone) and not torch.equal(fast, unfrozen)
+    for key, value in reference.state[alone].items():
+        assert torch.equal(torch.as_tensor(levels.state[slow][key]), torch.as_tensor(value)), key
+    assert levels.updates == {"slow": 3, "fast": 9}
+
+
 def test_a_missing_gradient_does_not_shift_the_period():
     a, b = parameters((3,), (3,))
     levels = Levels([{"params": [a, b], "period": 2, "optimizer": "sgd"}], lr=1.0)

@@ -315,12 +315,12 @@ def test_a_mix(job: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
         config = load(job, [mix, "data.source=embedded:english"])
     assert "data.source is not used: data.mix takes its place" in caplog.text
     assert config.data.mix == [
-        MixConfig("embedded:python", 2.0, None, "python"),
-        MixConfig(f"{tmp_path}/wiki.*", 1.0, "body", tmp_path.name),
+        MixConfig("embedded:python", None, "python", 2.0),
+        MixConfig(f"{tmp_path}/wiki.*", "body", tmp_path.name, 1.0),
     ]
     assert from_yaml(to_yaml(config)) == config
     assert load(job, [mix, "data.mix.1.weight=3", "data.mix.1.name=7"]).data.mix[1] == MixConfig(
-        f"{tmp_path}/wiki.*", 3.0, "body", "7"
+        f"{tmp_path}/wiki.*", "body", "7", 3.0
     )
     assert load(job, [mix, "data.mix=null"]).data.mix is None
 

@@ -225,7 +225,7 @@ def test_counts_of_what_was_left_out_and_replaced(
 def mixed(ray_local: None, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     rows = tmp_path_factory.mktemp("rows") / "rows.jsonl"
     rows.write_text("".join(json.dumps({"body": f"row {number} of a table"}) + "\n" for number in range(300)))
-    mix = [MixConfig(str(folder), 3.0, None, "texts"), MixConfig(str(rows), 1.0, "body", "rows")]
+    mix = [MixConfig(str(folder), None, "texts", 3.0), MixConfig(str(rows), "body", "rows", 1.0)]
     return prepare(Settings("", mix=mix), tmp_path_factory.mktemp("cache"))
 
 
@@ -244,7 +244,7 @@ def test_a_mix_is_its_parts(mixed: Corpus, folder: Path) -> None:
 def test_other_weights_need_no_new_reading(mixed: Corpus, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = json.loads((mixed.folder / "mix.json").read_text())
     rows = json.loads((mixed.folder.parent / manifest[1]["folder"] / "manifest.json").read_text())["source"]
-    mix = [MixConfig(str(folder), 1.0, None, "texts"), MixConfig(rows, 1.0, "body", "rows")]
+    mix = [MixConfig(str(folder), None, "texts", 1.0), MixConfig(rows, "body", "rows", 1.0)]
     monkeypatch.setattr(preparing, "connected", None)  # Ray is not needed
     other = prepare(Settings("", mix=mix), mixed.folder.parent)
     assert other.folder != mixed.folder and [part.weight for part in other.parts] == [0.5, 0.5]

@@ -19,7 +19,7 @@ def alarms(name):
     """Steps at which a small model's loss before learning raises the alarm, and those at which domains begin."""
     source = FiveDomains(name)
     (end,) = source.ends({}).values()
-    content = read_window(source, Plan(0, (Interval("0", 0, end),)), Rules(), None)
+    content = read_window(source, Plan(0, (Interval("0", 0, end),)), Rules(), {})
     torch.manual_seed(0)
     model = build({"name": "transformer", "vocab_size": 257, "width": 32, "layers": 1, "heads": 2})
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98))

@@ -39,17 +39,17 @@ def test_gaps_overlaps_and_missing_windows_are_found(ledger, more, problem, gaps
 
 
 def test_a_first_interval_that_does_not_begin_where_its_partition_does(ledger):
-    assert verify(ledger.path, ledger.state(), begin=0).ok
-    assert verify(ledger.path, ledger.state(), begin=1).overlaps == 2
+    assert verify(ledger.path, ledger.state(), lambda _: 0).ok
+    assert verify(ledger.path, ledger.state(), lambda _: 1).overlaps == 2
     ledger.append([line(2, 7, 9, "r")])
-    assert verify(ledger.path, ledger.state(), begin=0).gaps == 1
+    assert verify(ledger.path, ledger.state(), lambda _: 0).gaps == 1
 
 
 def test_the_snapshot_must_stand_where_the_ledger_ends(ledger):
     position = {"window": 2, "offsets": {"p": 9, "q": 3}}
-    assert verify(ledger.path, ledger.state(), 0, position).ok
+    assert verify(ledger.path, ledger.state(), lambda _: 0, position).ok
     for wrong in ({"window": 3}, {"offsets": {"p": 9, "q": 4}}, {"offsets": {"p": 9}}):
-        assert not verify(ledger.path, ledger.state(), 0, position | wrong).ok
+        assert not verify(ledger.path, ledger.state(), lambda _: 0, position | wrong).ok
 
 
 def test_a_line_that_lacks_something_is_named_and_no_crash(ledger):

@@ -236,24 +236,24 @@ def test_every_token_is_predicted_once_and_every_byte_counted():
 
 def test_late_records_are_told_by_what_earlier_windows_saw():
     source = Lists(a=[("new", 100.0), ("old", 50.0), ("older", 10.0)])
-    first = read_window(source, Plan(0, (Interval("a", 0, 2),)), Rules(lateness=60.0), None)
-    assert (len(first.trained), first.latest) == (2, 100.0)
+    first = read_window(source, Plan(0, (Interval("a", 0, 2),)), Rules(lateness=60.0), {})
+    assert (len(first.trained), first.latest) == (2, {"lists": 100.0})
     second = read_window(source, Plan(1, (Interval("a", 2, 3),)), Rules(lateness=60.0), first.latest)
     assert [record.text for record in second.late] == ["older"] and second.trained == []
-    assert second.counted[0].late == 1 and second.latest == 100.0
+    assert second.counted[0].late == 1 and second.latest == {"lists": 100.0}
     trained = read_window(source, Plan(1, (Interval("a", 2, 3),)), Rules(60.0, aside=False), first.latest)
     assert len(trained.trained) == 1 and trained.counted[0].late == 1 and trained.late == []
 
 
 def test_what_is_held_out_goes_by_its_text_alone():
     source = Lists(a=texts(500), b=texts(500)[::-1])
-    content = read_window(source, Plan(0, (Interval("a", 0, 500), Interval("b", 0, 500))), Rules(held_percent=10), None)
+    content = read_window(source, Plan(0, (Interval("a", 0, 500), Interval("b", 0, 500))), Rules(held_percent=10), {})
     held = {record.text for record in content.held}
     assert 25 < len(held) < 80 and len(content.held) == 2 * len(held)  # the same texts in both partitions
     assert held.isdisjoint(record.text for record in content.trained)
     assert [counted.held for counted in content.counted] == [len(held), len(held)]
     assert content.summary()["held"][0] == {"domain": "a", "text": content.held[0].text}
-    none = read_window(source, content.plan, Rules(), None)
+    none = read_window(source, content.plan, Rules(), {})
     assert not none.held and len(none.trained) == 1000
 
 
@@ -263,7 +263,7 @@ def test_a_reader_begins_at_any_window(tmp_path):
     reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4)
 
     def read(window):
-        return [item for table in reading.tables(window, None) for item in reading._parsed(table)]
+        return [item for table in reading.tables(window, {}) for item in reading._parsed(table)]
 
     whole, later = read(0), read(2)
     openings = [place for place, item in enumerate(whole) if isinstance(item, Opening)]
@@ -294,7 +294,7 @@ def test_what_goes_wrong_in_a_reader_reaches_whoever_follows_it(tmp_path):
     source.partitions["a"] = texts(2)  # offsets that were there are gone
     reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4)
     with pytest.raises(ReadingFailed, match="IndexError"):
-        [item for table in reading.tables(0, None) for item in reading._parsed(table)]
+        [item for table in reading.tables(0, {}) for item in reading._parsed(table)]
 
 
 def test_windows_that_no_snapshot_needs_are_forgotten(tmp_path):

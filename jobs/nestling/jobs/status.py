@@ -15,7 +15,7 @@ from nestling.tracking.runs import RunFolder
 
 KEYS = (
     *("run_id", "state", "steps", "tokens", "lag", "prequential_bits_per_byte", "probes", "levels", "drifts"),
-    *("rollbacks", "snapshot", "tokens_per_second", "offsets", "window", "changes"),
+    *("rollbacks", "snapshot", "tokens_per_second", "offsets", "window", "changes", "sources"),
 )
 #: Seconds from one look to the next.
 EVERY = 2.0
@@ -65,6 +65,7 @@ def standing(folder: RunFolder) -> dict[str, Any]:
         "offsets": offsets,
         "window": position.get("window"),
         "changes": read_json(folder.changes).get("changes", []),
+        "sources": _sources(folder, last),
     }
 
 
@@ -85,6 +86,8 @@ def report(folder: RunFolder, found: dict[str, Any]) -> str:
         lines["position"] = f"window {found['window']:,}; " + (", ".join(places) or "nothing was read yet")
         if found["lag"] is None:
             lines["lag"] = "unknown: the source does not answer"
+    if found["sources"]:
+        lines["sources"] = "; ".join(_in_words(name, source) for name, source in found["sources"].items())
     if bits is not None:
         lines["loss"] = f"{bits:.3f} bits per byte before learning (prequential)"
     if found["probes"]:
@@ -120,6 +123,22 @@ def _lag(folder: RunFolder, offsets: dict[str, int]) -> dict[str, int] | None:
         return {name: end - offsets.get(name, source.begins(name)) for name, end in ends.items()}
     except Exception:  # a function that makes records may raise anything
         return None
+
+
+def _sources(folder: RunFolder, last: dict[str, float]) -> dict[str, dict[str, Any]]:
+    """Of each of several sources its records so far, and the levels that they may write (None: all)."""
+    if not folder.config.exists():
+        return {}
+    policies = from_yaml(folder.config.read_text(encoding="utf-8")).stream.policies
+    counts = _named(last, "stream/records/", "")
+    return {name: {"records": int(counts.get(name, 0)), "levels": levels} for name, levels in policies.items()}
+
+
+def _in_words(name: str, source: dict[str, Any]) -> str:
+    """A source, its records and its policy in words."""
+    levels = source["levels"]
+    written = "every level" if levels is None else ", ".join(levels) or "no level"
+    return f"{name}, {source['records']:,} records, writes {written}"
 
 
 def _newest(events: list[dict[str, Any]]) -> str | None:

@@ -49,6 +49,7 @@ class Levels(torch.optim.Optimizer):
         updates: moves made so far, by level name.
         moved: squared norm of what each level moved by since `pop_update_norms`; under ZeRO of this rank's shard.
         paused: while true, `step` changes nothing and counts nothing: the gradients cannot be used.
+        frozen: names of levels for which that holds at present, while the others take in their gradients.
         whole: gives the rules whole matrices; another one than the default where parameters are sharded.
 
     Raises:
@@ -56,6 +57,7 @@ class Levels(torch.optim.Optimizer):
     """
 
     whole: Whole = Unsharded()
+    frozen: frozenset[str] = frozenset()
     _settings: dict[str, Any]
     #: ids of the parameters that the optimizer was made with.
     _given: set[int]
@@ -153,7 +155,7 @@ class Levels(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in () if self.paused else self.param_groups:
-            for parameter in group["params"]:
+            for parameter in () if group["name"] in self.frozen else group["params"]:
                 self.take_in(parameter, group)
         return loss
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,10 @@ class Verified:
 
 
 def verify(
-    path: Path, state: Mapping[str, Any] | None, begin: int | None = None, position: Mapping[str, Any] | None = None
+    path: Path,
+    state: Mapping[str, Any] | None,
+    begin: Callable[[str], int | None] = lambda partition: None,
+    position: Mapping[str, Any] | None = None,
 ) -> Verified:
     """Go through a ledger: every partition's intervals abut, windows and steps only rise, no line was altered.
 
@@ -116,7 +119,7 @@ def verify(
         path: the ledger.
         state: what the newest snapshot says of it (`Ledger.state`), None if there is none. Lines behind it do not
             count.
-        begin: where every partition begins; None: wherever its first interval does.
+        begin: where a partition begins; None: wherever its first interval does.
         position: where the snapshot says that the stream stands: the next `window`, and the `offsets` of partitions.
     """
     found, problems = Verified(), []
@@ -135,7 +138,8 @@ def verify(
         if before != last:
             problems.append(f"{place}: the line before it was altered, left out or put in")
         last = _digest(text)
-        expected = ends.get(line["partition"], start if begin is None else begin)
+        known = ends.get(line["partition"], begin(line["partition"]))
+        expected = start if known is None else known
         if start > expected:
             found.gaps += 1
             problems.append(f"{place}: begins at {start}, but the one before ended at {expected}: a gap")

@@ -17,6 +17,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from nestling.config.data import MixConfig
 from nestling.config.schema import JobConfig, LevelConfig
+from nestling.config.stream import StreamSourceConfig
 from nestling.models.config import MODEL_CONFIGS, SkeletonConfig
 
 _WORDS = {
@@ -34,6 +35,7 @@ _WORDS = {
 _EXAMPLES: dict[Any, str] = {
     LevelConfig: "[{period: 1, width: 64}]",
     MixConfig: "[{source: embedded:english, weight: 2}, {source: embedded:python}]",
+    StreamSourceConfig: "[{source: texts}, {source: chat, levels: [level1]}]",
 }
 
 

@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nestling.config.checks import need, need_different, need_name, positive, whole
 
 
 @dataclass
-class MixConfig:
-    """One source of a mix."""
+class SourceConfig:
+    """One of several sources."""
 
     #: As `data.source`.
     source: str
-    #: Its share of the training sequences and of the evaluation, relative to the other weights.
-    weight: float = 1.0
     #: Column of JSONL and Parquet files that holds the text; None: data.column.
     column: str | None = None
     #: Name in metrics and messages; None: made from the source.
     name: str | None = None
 
     def check(self, where: str) -> None:
-        """Raises ValueError if the source at `where` (such as "data.mix.0") cannot be mixed in; fills in its name."""
-        need(where, self, "a finite value above 0", positive, "weight")
+        """Raises ValueError if the source at `where` (such as "data.mix.0") cannot be used; fills in its name."""
         if self.name is None:
             self.name = _name_of(self.source)
         need_name(f"{where}.name", self.name)
+
+
+@dataclass
+class MixConfig(SourceConfig):
+    """One source of a mix."""
+
+    #: Its share of the training sequences and of the evaluation, relative to the other weights.
+    weight: float = 1.0
+
+    def check(self, where: str) -> None:
+        need(where, self, "a finite value above 0", positive, "weight")
+        super().check(where)
+
+
+def check_sources(where: str, parts: Sequence[SourceConfig], example: str) -> None:
+    """Raises ValueError if the list of sources at `where` (such as "data.mix") cannot be used; fills in names."""
+    if not parts:
+        raise ValueError(
+            f"{where}: got an empty list, needs at least one source, for example {example}; "
+            "or leave it out and set data.source"
+        )
+    for place, part in enumerate(parts):
+        part.check(f"{where}.{place}")
+    need_different(where, "source", [part.name for part in parts])
 
 
 def _name_of(source: str) -> str:
@@ -60,14 +82,4 @@ class DataConfig:
         need("data", self, "at least 1", whole, "sequence_length")
         need("data", self, "a value above 0 and below 100", lambda value: 0 < value < 100, "heldout_percent")
         if self.mix is not None:
-            self._check_mix(self.mix)
-
-    def _check_mix(self, mix: list[MixConfig]) -> None:
-        if not mix:
-            raise ValueError(
-                "data.mix: got an empty list, needs at least one source, for example [{source: embedded:english}]; "
-                "or leave it out and set data.source"
-            )
-        for place, part in enumerate(mix):
-            part.check(f"data.mix.{place}")
-        need_different("data.mix", "source", [part.name for part in mix])
+            check_sources("data.mix", self.mix, "[{source: embedded:english}]")

@@ -37,7 +37,7 @@ def load(job: str | Path, overrides: Sequence[str] = (), streamed: bool | None =
     config = build(given)
     _check_tracking(config)
     _check_data(config, streamed)
-    _say_what_is_unused(given, config)
+    _say_what_is_unused(given, config, streamed)
     return config
 
 
@@ -191,7 +191,8 @@ def _check_data(config: JobConfig, streamed: bool | None) -> None:
 
     data = config.data
     if streamed is None:
-        streamed = config.training.steps is None or data.source.startswith(STREAMS)
+        sources = config.stream.sources
+        streamed = sources is not None or config.training.steps is None or data.source.startswith(STREAMS)
     if config.training.steps is None and not streamed:
         raise ConfigError("training.steps: got null, which only a stream can have; give a number of steps")
     try:
@@ -220,10 +221,12 @@ def _check_data(config: JobConfig, streamed: bool | None) -> None:
         )
 
 
-def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
+def _say_what_is_unused(given: dict[str, Any], config: JobConfig, streamed: bool | None) -> None:
     training = config.training
     if config.data.mix is not None and "source" in given["data"]:
         log.warning("data.source is not used: data.mix takes its place; data.mix=null would use it")
+    if streamed and config.stream.sources is not None and "source" in given.get("data", {}):
+        log.warning("data.source is not used: stream.sources takes its place; stream.sources=null would use it")
     if training.warmup_steps >= training.last_step:
         log.warning(
             "training.warmup_steps=%d takes up all of training.steps=%d: the learning rate rises until training "

@@ -126,7 +126,7 @@ class JobConfig:
     #: Whether the Continuum Memory System's levels also move inside a text, and how.
     continuum: ContinuumConfig = field(default_factory=ContinuumConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    #: How `nestling stream` reads `data.source`; `nestling train` does without.
+    #: How `nestling stream` reads, and what, if not `data.source`; `nestling train` does without.
     stream: StreamConfig = field(default_factory=StreamConfig)
     optimizers: OptimizersConfig = field(default_factory=OptimizersConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -144,6 +144,7 @@ class JobConfig:
         self._check_batch()
         self._hand_over_levels()
         self._check_continuum()
+        self._check_policies()
 
     def _check_levels(self) -> None:
         for place, level in enumerate(self.levels):
@@ -201,6 +202,24 @@ class JobConfig:
                 "delta_gradient_descent: needs layers whose weights stay while a text is read, and "
                 "continuum.drive=meta moves them; choose another optimizer, or continuum.drive=schedule or stream"
             )
+
+    def _check_policies(self) -> None:
+        """Checks which levels the sources of a stream may write."""
+        known = [*(str(level.name) for level in self.levels), "base"]
+        chain = [str(level.name) for level in self.levels if level.width is not None]
+        nested = isinstance(self.model, LevelsConfig) and self.model.level_variant == "nested"
+        for place, part in enumerate(self.stream.sources or ()):
+            where, given = f"stream.sources.{place}.levels", part.levels
+            if given is None:
+                continue
+            for name in given:
+                if name not in known:
+                    raise ValueError(f"{where}: there is no level {name!r}; there are {', '.join(known)}")
+            if nested and 0 < len(set(given) & set(chain)) < len(chain):
+                raise ValueError(
+                    f"{where}: got {given}, but with model.level_variant=nested a level is reset to what slower ones "
+                    f"have learnt; needs all of {', '.join(chain)}, or none of them"
+                )
 
     def _check_batch(self) -> None:
         training, length = self.training, self.data.sequence_length

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nestling.config.checks import fraction, need, not_negative, positive, whole
+from nestling.config.data import SourceConfig, check_sources
+
+
+@dataclass
+class StreamSourceConfig(SourceConfig):
+    """One of a stream's sources, and its policy."""
+
+    #: Names of the levels that its records may write (`base`: what is in no level). Null: all. An empty list: none,
+    #: they are only read and scored.
+    levels: list[str] | None = None
 
 
 @dataclass
@@ -16,6 +26,8 @@ class StreamConfig:
     on as a whole; a snapshot may lie in the middle of one.
     """
 
+    #: Several sources, which take turns, in the place of `data.source`.
+    sources: list[StreamSourceConfig] | None = None
     #: UTF-8 bytes of text after which a window is full. A window without trainable text takes no step.
     window_bytes: int = 65536
     #: Windows that may be read ahead of the one being trained on: what bounds the memory of reading.
@@ -67,7 +79,14 @@ class StreamConfig:
     #: Factor of the fading prequential loss: how much of the past is left after a step.
     fading: float = 0.98
 
+    @property
+    def policies(self) -> dict[str, list[str] | None]:
+        """Of each of several sources `levels`, see `StreamSourceConfig`; empty for a stream with one."""
+        return {str(part.name): part.levels for part in self.sources or ()}
+
     def __post_init__(self) -> None:
+        if self.sources is not None:
+            check_sources("stream.sources", self.sources, "[{source: texts}, {source: chat, levels: [level1]}]")
         need("stream", self, "at least 1", whole, "window_bytes", "windows_ahead", "record_bytes")
         need("stream", self, "a finite value of at least 0", not_negative, "close_after", "settle_after", "lateness")
         need("stream", self, "at least 1", whole, "probe_bytes", "replay_bytes", "ewc_every")

@@ -24,11 +24,9 @@ class Books:
 
     Args:
         folder: the run's folder.
-        source: what the ledger calls the source.
     """
 
-    def __init__(self, folder: Path, source: str) -> None:
-        self._source = source
+    def __init__(self, folder: Path) -> None:
         self._ledger = Ledger(folder / LEDGER)
         self._files = {name: Lines(folder / name) for name in ASIDE}
         self._entries: list[dict[str, Any]] = []
@@ -38,15 +36,15 @@ class Books:
 
     def set_aside(self, summary: Mapping[str, Any]) -> None:
         """Keep a window's broken and late records; see `Content.summary`."""
-        window = {"window_id": summary["window"], "source": self._source}
+        window = {"window_id": summary["window"], "source": summary["source"]}
         self._waiting[DEAD_LETTERS] += [window | letter for letter in summary["letters"]]
         self._waiting[LATE] += [window | record for record in summary["late"]]
 
     def undone(self, summary: Mapping[str, Any], reason: str) -> None:
         """Keep where a window stands that was undone, for a person to look at."""
         intervals = [counted["interval"] for counted in summary["counted"]]
-        line = {"window_id": summary["window"], "source": self._source, "intervals": intervals, "reason": reason}
-        self._waiting[UNDONE].append(line)
+        window = {"window_id": summary["window"], "source": summary["source"]}
+        self._waiting[UNDONE].append(window | {"intervals": intervals, "reason": reason})
 
     def enter(
         self, summary: Mapping[str, Any], step: int, loss: float | None, updates: Sequence[int], undone: bool = False
@@ -64,7 +62,7 @@ class Books:
                 {
                     "step": step,
                     "window_id": summary["window"],
-                    "source": self._source,
+                    "source": summary["source"],
                     "partition": interval["partition"],
                     "start": interval["start"],
                     "end": interval["end"],

@@ -231,15 +231,17 @@ def _on_device(config: JobConfig) -> JobConfig:
 
 def _complete(config: JobConfig) -> JobConfig:
     """Fill in the vocabulary, and make all places mean the same in the workers, which run in folders of their own."""
-    data, checkpoint, model = config.data, config.checkpoint, config.model
+    data, stream, checkpoint, model = config.data, config.stream, config.checkpoint, config.model
     mix = data.mix and [replace(part, source=absolute(part.source)) for part in data.mix]
+    sources = stream.sources and [replace(part, source=absolute(part.source)) for part in stream.sources]
     tokenizer = data.tokenizer if data.tokenizer == "bytes" else str(Path(data.tokenizer).expanduser().resolve())
     data = replace(data, source=absolute(data.source), mix=mix, tokenizer=tokenizer)
     if checkpoint.dir is not None and "://" not in checkpoint.dir:
         checkpoint = replace(checkpoint, dir=str(Path(checkpoint.dir).expanduser().resolve()))
     if model.vocab_size is None:
         model = replace(model, vocab_size=open_tokenizer(data).vocab_size)
-    return replace(config, data=data, checkpoint=checkpoint, model=model)
+    stream = replace(stream, sources=sources)
+    return replace(config, data=data, stream=stream, checkpoint=checkpoint, model=model)
 
 
 def _corpus(config: JobConfig, folder: RunFolder, begun: bool) -> Corpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 from nestling.checkpoint import run_store
@@ -72,8 +73,7 @@ def verify_stream(folder: RunFolder) -> Verified:
         state = json.loads(store.open(newest).documents["state.json"])["stream"]
     if state is None:
         return verify(folder.path / LEDGER, None)
-    begin = None if config.data.source.startswith("kafka://") else 0  # a topic's oldest messages may be gone
-    found = verify(folder.path / LEDGER, state["files"]["ledger"], begin, state["position"])
+    found = verify(folder.path / LEDGER, state["files"]["ledger"], partial(_begin, config), state["position"])
     with (folder.path / DEAD_LETTERS).open("rb") as file:
         lines = file.read(state["files"][DEAD_LETTERS]).splitlines()
     letters = sum(json.loads(line)["window_id"] < state["position"]["window"] for line in lines)
@@ -83,3 +83,10 @@ def verify_stream(folder: RunFolder) -> Verified:
             f"{DEAD_LETTERS} holds {letters} records of these windows, the ledger counts {found.dead} broken ones",
         ]
     return found
+
+
+def _begin(config: JobConfig, partition: str) -> int | None:
+    """Where a partition begins; None: anywhere, because a topic's oldest messages may be gone."""
+    sources = {part.name: part.source for part in config.stream.sources or ()}
+    source = sources.get(partition.partition("/")[0], config.data.source)
+    return None if source.startswith("kafka://") else 0

@@ -35,8 +35,11 @@ class StreamTraining(TrainingLoop):
         position: where the next window begins.
         batches_done: batches of that window that were trained on.
         counts: records trained on, broken and late so far, whole windows only.
+        records: records so far of each of several sources, whole windows only.
         prequential: the losses before learning; `window_nats` and `window_bytes` are those of the present window.
-        probes, detector: what is held out, and the detector of drift.
+        probes: what is held out.
+        detectors: of each source the detector of drift: going from one source to another is none.
+        source: name of the present window's source.
         rollbacks: windows that were undone.
     """
 
@@ -53,9 +56,11 @@ class StreamTraining(TrainingLoop):
         self.guard = Guard(0.0)
         self.position, self.batches_done = Position(), 0
         self.counts = {"records": 0, "dead": 0, "late": 0}
+        self.records = dict.fromkeys(config.stream.policies, 0)
+        self.source = ""
         self.prequential = Prequential(config.stream.fading)
         self.probes = Probes(config.stream.probe_bytes)
-        self.detector = PageHinkley(config.stream.drift_delta, config.stream.drift_threshold)
+        self.detectors: dict[str, PageHinkley] = {}
         #: Alarms of the detector, and the step of the last one.
         self.drifts, self.drifted = 0, 0
         self.rollbacks = 0
@@ -75,14 +80,25 @@ class StreamTraining(TrainingLoop):
         assert self._rows is not None
         return self._rows
 
+    def open(self, source: str) -> None:
+        """Begin a window of a source, or go on with it: its policy says which levels it may write."""
+        self.source = source
+        allowed = self.config.stream.policies.get(source)
+        self.levels.frozen = frozenset() if allowed is None else frozenset(self.levels.updates.keys() - set(allowed))
+
+    @property
+    def lasting(self) -> bool:
+        """Whether the present window may write every level: what may not is neither replayed nor a probe."""
+        return not self.levels.frozen
+
     def learn(self, batch: Batch) -> None:
         """One optimizer step on a batch of the present window; all ranks with the same one."""
-        past = self.replay.draw(self.done + 1, len(batch.inputs))
+        past = self.replay.draw(self.done + 1, len(batch.inputs) if self.lasting else 0)
         halves = (self._mine(new, old) for new, old in zip((batch.inputs, batch.targets), past, strict=True))
         inputs, targets = (np.concatenate(half).astype(np.int64) for half in halves)
         self._rows, self._tokens, self._parts = (inputs, targets), batch.inputs.size + past[0].size, []
         self.step()
-        if not self.refused:
+        if not self.refused and self.lasting:
             self.replay.add(batch.inputs, batch.targets)
         nats = torch.zeros(len(batch.names), dtype=torch.float64, device=self.device)
         (mine,) = self._mine(batch.domains)
@@ -96,7 +112,7 @@ class StreamTraining(TrainingLoop):
         self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
         total, size = sum(by_domain.values()), sum(batch.bytes)
         filled = float((batch.targets != IGNORED).mean())
-        if size and self.detector.add(total / math.log(2) / size, filled):
+        if size and self._detector(self.source).add(total / math.log(2) / size, filled):
             self.drifts, self.drifted = self.drifts + 1, self.done
         self.window_nats += total
         self.window_bytes += size
@@ -106,6 +122,8 @@ class StreamTraining(TrainingLoop):
         counted = opening.summary["counted"]
         for name in self.counts:
             self.counts[name] += sum(interval[name] for interval in counted)
+        if self.source in self.records:
+            self.records[self.source] += sum(interval["records"] for interval in counted)
         ends = {each["interval"]["partition"]: each["interval"]["end"] for each in counted}
         self.position = Position(self.position.window + 1, self.position.offsets | ends, opening.summary["latest"])
         self.batches_done, self.window_nats, self.window_bytes = 0, 0.0, 0.0
@@ -117,7 +135,8 @@ class StreamTraining(TrainingLoop):
             "stream/drifts": float(self.drifts),
             "stream/rollbacks": float(self.rollbacks),
         }
-        return super().record() | self.prequential.metrics() | counts | others
+        each = {f"stream/records/{name}": float(number) for name, number in self.records.items()}
+        return super().record() | self.prequential.metrics() | counts | each | others
 
     def state(self) -> dict[str, Any]:
         return super().state() | {
@@ -125,9 +144,10 @@ class StreamTraining(TrainingLoop):
                 "position": asdict(self.position),
                 "batches_done": self.batches_done,
                 "counts": self.counts,
+                "records": self.records,
                 "prequential": self.prequential.state(),
                 "probes": self.probes.state(),
-                "detector": self.detector.state(),
+                "detectors": {source: detector.state() for source, detector in self.detectors.items()},
                 "drifts": [self.drifts, self.drifted],
                 "rollbacks": self.rollbacks,
                 "replayed_from": self.replay.seen,
@@ -140,10 +160,12 @@ class StreamTraining(TrainingLoop):
         super().load_state(state)
         stream = state["stream"]
         self.position, self.batches_done = Position(**stream["position"]), stream["batches_done"]
-        self.counts = dict(stream["counts"])
+        self.counts, self.records = dict(stream["counts"]), dict(stream["records"])
         self.prequential.load(stream["prequential"])
         self.probes.load(stream["probes"])
-        self.detector.load(stream["detector"])
+        self.detectors = {}
+        for source, kept in stream["detectors"].items():
+            self._detector(source).load(kept)
         self.drifts, self.drifted = stream["drifts"]
         self.rollbacks = stream["rollbacks"]
         self._seen = stream["replayed_from"]
@@ -155,6 +177,10 @@ class StreamTraining(TrainingLoop):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.replay.load(self._seen, tensors.get("replay", torch.zeros(0, dtype=torch.int32)))
+
+    def _detector(self, source: str) -> PageHinkley:
+        stream = self.config.stream
+        return self.detectors.setdefault(source, PageHinkley(stream.drift_delta, stream.drift_threshold))
 
     def _mine(self, *arrays: np.ndarray) -> list[np.ndarray]:
         """This rank's rows of each array."""

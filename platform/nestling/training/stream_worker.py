@@ -47,7 +47,7 @@ class StreamWorker:
         self.config = training.config
         self.keeper = Keeper(training, store, tracker)
         self.source = open_stream(self.config)
-        self.books = Books(folder.path, self.source.name) if tracker is not None else None
+        self.books = Books(folder.path) if tracker is not None else None
         self.planner: Planner | None = None
         self._windows = WindowFolder(folder.path / "windows")
         self._saved: tuple[int, int] | None = None
@@ -146,7 +146,12 @@ class StreamWorker:
         return Reading(
             source=self.source,
             folder=self.folder.path / "windows",
-            rules=Rules(stream.lateness, stream.late == "aside", stream.probe_percent if stream.probe_every else 0.0),
+            rules=Rules(
+                stream.lateness,
+                stream.late == "aside",
+                stream.probe_percent if stream.probe_every else 0.0,
+                frozenset(name for name, levels in stream.policies.items() if levels == []),
+            ),
             tokenizer=self._tokenizer,
             length=length,
             rows=config.training.batch_tokens // length,
@@ -155,6 +160,7 @@ class StreamWorker:
     def _open(self, opening: Opening) -> None:
         """Begin a window; of one that was begun before the snapshot, the books know already."""
         self._opening = opening
+        self.training.open(opening.summary["source"])
         counted = opening.summary["counted"]
         records, dead = (sum(each[name] for each in counted) for name in ("records", "dead"))
         share = self.config.stream.dead_share
@@ -196,8 +202,8 @@ class StreamWorker:
             self._save({})
 
     def _hold(self, opening: Opening) -> None:
-        """Keep a window's held-out records as probes; doing so twice changes nothing."""
-        for record in opening.summary["held"]:
+        """Keep a window's held-out records as probes, if it is to last; doing so twice changes nothing."""
+        for record in opening.summary["held"] if self.training.lasting else ():
             self.training.probes.add(record["domain"], record["text"])
 
     def _harm(self, opening: Opening) -> str:
@@ -254,7 +260,8 @@ class StreamWorker:
             if self.keeper.good is not None:
                 record["stream/snapshot_age_seconds"] = max(0.0, time.time() - self.keeper.good.created)
         if training.drifted == training.done and self.tracker is not None:
-            message = f"step {training.done}: the loss has risen as it does when the data change"
+            where = f" of {training.source}" if training.records else ""
+            message = f"step {training.done}: the loss has risen as it does when the data{where} change"
             self.tracker.event("drift", message, step=training.done, window=training.position.window)
         every = self.config.stream.probe_every
         if every and (last or training.done % every == 0):

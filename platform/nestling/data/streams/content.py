@@ -8,7 +8,7 @@ next window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -29,11 +29,13 @@ class Rules:
         lateness: seconds by which event times may lag behind; None: nothing is late.
         aside: whether late records are set aside instead of trained on.
         held_percent: share of the records that is held out, by a hash of their text.
+        unlearnt: names of the sources that no weights learn from, so that nothing need be held out of them.
     """
 
     lateness: float | None = None
     aside: bool = True
     held_percent: float = 0.0
+    unlearnt: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -54,24 +56,27 @@ class Content:
 
     Attributes:
         plan: which one.
+        source: name of the source of all its records.
         trained: its records to train on, in their order.
         counted: each of its intervals.
         letters: its broken records; `late` its late ones that are set aside; `held` those held out as probes.
-        latest: the latest event time of this and all earlier windows.
+        latest: of each source the latest event time of this and all earlier windows.
     """
 
     plan: Plan
+    source: str
     trained: list[Record] = field(default_factory=list)
     counted: list[Counted] = field(default_factory=list)
     letters: list[Broken] = field(default_factory=list)
     late: list[Record] = field(default_factory=list)
     held: list[Record] = field(default_factory=list)
-    latest: float | None = None
+    latest: dict[str, float] = field(default_factory=dict)
 
     def summary(self) -> dict[str, Any]:
         """All but the text, as JSON can hold it."""
         return {
             "window": self.plan.number,
+            "source": self.source,
             "counted": [asdict(counted) for counted in self.counted],
             "letters": [asdict(letter) for letter in self.letters],
             "late": [asdict(record) for record in self.late],
@@ -98,14 +103,16 @@ class Batch:
     bytes: list[int]
 
 
-def read_window(source: StreamSource, plan: Plan, rules: Rules, latest: float | None) -> Content:
+def read_window(source: StreamSource, plan: Plan, rules: Rules, latest: Mapping[str, float]) -> Content:
     """Read the records of a window and sort them.
 
     Args:
-        latest: the latest event time of earlier windows.
+        latest: of each source the latest event time of earlier windows.
     """
-    content = Content(plan, latest=latest)
-    watermark = None if latest is None or rules.lateness is None else latest - rules.lateness
+    origin = source.part(plan.intervals[0].partition).name
+    content = Content(plan, origin, latest=dict(latest))
+    watermark = latest[origin] - rules.lateness if origin in latest and rules.lateness is not None else None
+    percent = 0.0 if origin in rules.unlearnt else rules.held_percent
     for interval in plan.intervals:
         counted, ids = Counted(interval), hashlib.sha256()
         for record in source.read(interval):
@@ -117,12 +124,12 @@ def read_window(source: StreamSource, plan: Plan, rules: Rules, latest: float | 
                 continue
             late = watermark is not None and record.event_time is not None and record.event_time < watermark
             counted.late += late
-            held = bucket(record.text) < threshold(rules.held_percent)
+            held = bucket(record.text) < threshold(percent)
             counted.held += held
             place = content.held if held else content.late if late and rules.aside else content.trained
             place.append(record)
             if record.event_time is not None:
-                content.latest = max(record.event_time, content.latest or record.event_time)
+                content.latest[origin] = max(record.event_time, content.latest.get(origin, record.event_time))
         counted.sha256_of_record_ids = ids.hexdigest()
         content.counted.append(counted)
     return content

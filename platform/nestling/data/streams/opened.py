@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nestling.config import JobConfig
+from nestling.config.stream import StreamConfig
 from nestling.data.embedded import DOMAINS
 from nestling.data.errors import DataError
 from nestling.data.sources import absolute
@@ -11,21 +12,34 @@ from nestling.data.streams.five_domains import NAME, SHUFFLED, FiveDomains
 from nestling.data.streams.folder import Folder
 from nestling.data.streams.generator import Generator
 from nestling.data.streams.kafka import Kafka
+from nestling.data.streams.several import Part, Several
 from nestling.data.streams.source import StreamSource
 
 
 def open_stream(config: JobConfig) -> StreamSource:
-    """The source of a job's stream.
+    """The source of a job's stream, or its several ones.
 
     Raises:
         DataError: it is no source of a stream, or what it needs is not there.
     """
-    spec, stream = config.data.source, config.stream
-    if config.data.mix is not None:
-        raise DataError("data.mix: a stream has one source and reads it in its order; leave data.mix out")
-    fields = Fields(
-        config.data.column, stream.key_column, stream.time_column, stream.domain_column, stream.record_bytes
-    )
+    data, stream = config.data, config.stream
+    if data.mix is not None:
+        raise DataError(
+            "data.mix: a stream reads its sources in their order and knows no weights; leave data.mix out, and name "
+            "several sources in stream.sources"
+        )
+    if stream.sources is None:
+        return _open(data.source, data.column, stream, "data.source")
+    opened = []
+    for place, part in enumerate(stream.sources):
+        source = _open(part.source, part.column or data.column, stream, f"stream.sources.{place}.source")
+        opened.append(Part(str(part.name), source))
+    return Several(tuple(opened))
+
+
+def _open(spec: str, column: str, stream: StreamConfig, key: str) -> StreamSource:
+    """The source that a source string means, which messages call `key`."""
+    fields = Fields(column, stream.key_column, stream.time_column, stream.domain_column, stream.record_bytes)
     if spec.startswith("kafka://"):
         kafka = Kafka(spec, fields)
         kafka.check()
@@ -39,7 +53,7 @@ def open_stream(config: JobConfig) -> StreamSource:
         return FiveDomains(spec)
     if spec.startswith("embedded:"):
         raise DataError(
-            f"data.source: got {spec}, which ends and has no order in time; a stream takes {NAME}, {SHUFFLED}, a "
+            f"{key}: got {spec}, which ends and has no order in time; a stream takes {NAME}, {SHUFFLED}, a "
             f"folder, kafka://HOST:PORT/TOPIC or python:MODULE:FUNCTION (nestling train takes embedded:"
             f"{', '.join(DOMAINS)})"
         )

@@ -55,11 +55,11 @@ class Next:
     """Where another dataset goes on.
 
     Attributes:
-        window, latest: its first window, and the latest event time before it.
+        window, latest: its first window, and of each source the latest event time before it.
     """
 
     window: int
-    latest: float | None
+    latest: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Reading:
     length: int
     rows: int
 
-    def tables(self, window: int, latest: float | None) -> Iterator[pa.Table]:
+    def tables(self, window: int, latest: Mapping[str, float]) -> Iterator[pa.Table]:
         """The windows from number `window` on, each a table of one row: what is said of it, and all its batches.
 
         Ends with the stream, or after `WINDOWS` of them with a row that says how to go on. What goes wrong becomes a
@@ -94,7 +94,7 @@ class Reading:
         except Exception as error:
             yield _table({"error": "".join(traceback.format_exception(error))})
 
-    def _tables(self, window: int, latest: float | None) -> Iterator[pa.Table]:
+    def _tables(self, window: int, latest: Mapping[str, float]) -> Iterator[pa.Table]:
         folder, last = WindowFolder(self.folder), window + WINDOWS
         while (plan := folder.wait(window)) is not None:
             content = read_window(self.source, plan, self.rules, latest)
@@ -109,7 +109,7 @@ class Reading:
                 yield _table({"next": {"window": window, "latest": latest}})
                 return
 
-    def dataset(self, window: int, latest: float | None) -> Dataset:
+    def dataset(self, window: int, latest: Mapping[str, float]) -> Dataset:
         """The same as a Ray Dataset; needs a running Ray with a CPU to spare."""
         import ray.data
         from ray.data import Datasource, ReadTask
@@ -133,7 +133,7 @@ class Reading:
         dataset.context.target_max_block_size = 1  # every table is a block, and none waits to be joined by the next
         return dataset
 
-    def follow(self, window: int, latest: float | None) -> Iterator[Opening | Batch]:
+    def follow(self, window: int, latest: Mapping[str, float]) -> Iterator[Opening | Batch]:
         """Openings and batches as they come; ends with the stream.
 
         Raises:

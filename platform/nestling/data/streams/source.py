@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -92,6 +92,14 @@ class StreamSource(ABC):
     def begins(self, partition: str) -> int:
         """Where a partition that was never read begins."""
         return 0
+
+    def parts(self) -> Sequence[StreamSource]:
+        """The sources that it is made of; no window holds records of two of them."""
+        return (self,)
+
+    def part(self, partition: str) -> StreamSource:
+        """The one of `parts` that a partition belongs to."""
+        return self
 
     def cut(self, interval: Interval, budget: int) -> tuple[int, int]:
         """The offset at which the text of an interval fills a budget of bytes, and the bytes up to there.

@@ -42,12 +42,12 @@ class Position:
     Attributes:
         window: number of the next window.
         offsets: where each partition goes on.
-        latest: the latest event time so far.
+        latest: of each source the latest event time so far.
     """
 
     window: int = 0
     offsets: dict[str, int] = field(default_factory=dict)
-    latest: float | None = None
+    latest: dict[str, float] = field(default_factory=dict)
 
 
 class WindowFolder:
@@ -127,7 +127,7 @@ class WindowFolder:
 
 
 class Arrivals:
-    """What a source holds beyond what was planned, in the order in which it came.
+    """What one source holds beyond what was planned, in the order in which it came.
 
     What a look finds in partitions at the same time is taken in their order; what later looks find comes behind it, so
     that a partition that grows without end does not keep others waiting. Of each partition two ends are remembered at
@@ -143,6 +143,8 @@ class Arrivals:
         self.source, self.offsets = source, dict(offsets)
         self.ends: Mapping[str, int] = {}
         self.begins: dict[str, int] = {}
+        #: Since when there has been something that is in no window.
+        self.since: float | None = None
         self._queue: deque[str] = deque()
         self._ends: dict[str, list[int]] = {}
 
@@ -182,6 +184,7 @@ class Arrivals:
 
     def accept(self, intervals: list[Interval]) -> None:
         """The intervals have become a window."""
+        self.since = None
         for interval in intervals:
             self.offsets[interval.partition] = interval.end
         passed = {p: sum(end <= self.offsets[p] for end in ends) for p, ends in self._ends.items()}
@@ -217,7 +220,7 @@ class Planner:
             offsets |= {interval.partition: interval.end for interval in plan.intervals}
             self._next += 1
         folder.forget(after=self._next)  # what stands behind a gap belongs to a history that is gone
-        self._arrivals = Arrivals(source, offsets)
+        self._arrivals = [Arrivals(part, offsets) for part in source.parts()]
         #: The window that is trained on, or the next one; the training moves it on.
         self.consumed = position.window
 
@@ -233,8 +236,11 @@ class Planner:
 
     def lag(self, offsets: Mapping[str, int]) -> dict[str, int]:
         """How far each partition reached beyond these offsets at the last look, in the source's own units."""
-        begins = self._arrivals.begins
-        return {name: end - offsets.get(name, begins.get(name, 0)) for name, end in self._arrivals.ends.items()}
+        return {
+            name: end - offsets.get(name, arrivals.begins.get(name, 0))
+            for arrivals in self._arrivals
+            for name, end in arrivals.ends.items()
+        }
 
     def _end(self, error: str) -> None:
         """Write down that the stream cannot go on; a disk that is full may take that later."""
@@ -245,36 +251,47 @@ class Planner:
             except OSError:
                 time.sleep(_RETRIES[-1])
 
-    def _look(self) -> tuple[list[Interval], int]:
+    def _look(self, arrivals: Arrivals) -> tuple[list[Interval], int]:
         """What could be the next window; a source that does not answer is asked again before that is the end."""
         for pause in (*_RETRIES, None):
             try:
-                self._arrivals.look()
-                return self._arrivals.propose(self._config.window_bytes)
+                arrivals.look()
+                return arrivals.propose(self._config.window_bytes)
             except DataError:
                 if pause is None:
                     raise
                 time.sleep(pause)
         raise AssertionError
 
+    def _window(self, arrivals: Arrivals) -> tuple[list[Interval], bool]:
+        """A source's next window, empty as long as it may fill up or there is none; and whether nothing follows it."""
+        intervals, size = self._look(arrivals)
+        ended, now = arrivals.ended_after(intervals), time.monotonic()
+        if intervals and arrivals.since is None:
+            arrivals.since = now
+        full = size >= self._config.window_bytes
+        closed = full or ended or now - (arrivals.since or now) >= self._config.close_after
+        return intervals if closed else [], ended
+
     def _plans(self, stopping: Callable[[], bool]) -> Iterator[Plan]:
-        opened: float | None = None
         while not stopping():
             if self._next > self.consumed + self._config.windows_ahead:
                 time.sleep(_PAUSE)
                 continue
-            intervals, size = self._look()
-            ended, now = self._arrivals.ended_after(intervals), time.monotonic()
-            if intervals and opened is None:
-                opened = now
-            full = size >= self._config.window_bytes
-            if intervals and (full or ended or now - (opened or now) >= self._config.close_after):
-                yield Plan(self._next, tuple(intervals))
-                self._arrivals.accept(intervals)
-                self._next, opened = self._next + 1, None
-            elif ended:
-                return
+            # Whose turn it is follows from the window's number, so a stream that goes on need remember nothing.
+            turn = self._next % len(self._arrivals)
+            over = True
+            for arrivals in (*self._arrivals[turn:], *self._arrivals[:turn]):
+                intervals, ended = self._window(arrivals)
+                if intervals:
+                    yield Plan(self._next, tuple(intervals))
+                    arrivals.accept(intervals)
+                    self._next += 1
+                    break
+                over &= ended
             else:
+                if over:
+                    return
                 time.sleep(self._config.poll_every)
 
 

@@ -1,0 +1,118 @@
+"""What a source may not write stays as it is, to the bit, weights and optimizer state, under every ZeRO stage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from nestling.config import from_yaml, load, to_yaml
+from nestling.data.streams import Batch
+
+pytestmark = pytest.mark.slow
+
+LEVELS = ("level1", "level2", "base")
+JOB = [
+    *("training.batch_tokens=64", "data.sequence_length=16", "model.width=16", "model.heads=2", "model.layers=1"),
+    *("model.vocab_size=257", "training.warmup_steps=0", "training.schedule=constant", "stream.replay_share=1"),
+    # Accumulators are half filled when a window begins, and momenta are there.
+    "levels=[{width: 16, period: 2}, {width: 16, period: 3, optimizer: muon}]",
+    "stream.sources=[{source: embedded:five-domains, name: lasting}, {source: embedded:five-domains, name: mood, "
+    "levels: [level1]}, {source: embedded:five-domains, name: read, levels: []}]",
+]
+#: Source and batches of each window. The fifth step of "lasting" leaves no accumulator empty.
+WINDOWS = (("lasting", 5), ("mood", 3), ("read", 3), ("lasting", 2))
+
+
+def batch(number):
+    tokens = np.random.default_rng(number).integers(97, 123, (4, 17), np.int32)
+    domains = np.zeros((4, 16), np.int16)
+    return Batch(tokens[:, :-1], tokens[:, 1:], domains, ["some"], [64])
+
+
+def worker(rank, world, place, jobs):
+    """One process of `world`: every job's state after each window, by level."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/init{world}", rank=rank, world_size=world)
+    from nestling.training.groups import level_members
+    from nestling.training.state import engine_pieces, optimizer_scalars
+    from nestling.training.stream_loop import StreamTraining
+
+    results = {}
+    for stage, text in jobs.items():
+        config = from_yaml(text)
+        training = StreamTraining(config, torch.device("cpu"), rank, world)
+        members, seen = level_members(config), []
+        for source, count in WINDOWS:
+            training.open(source)
+            losses = []
+            for _ in range(count):
+                training.learn(batch(training.done))
+                losses.append(training.loss)
+            pieces, scalars = engine_pieces(training.engine), optimizer_scalars(training.engine)
+            found = {"losses": losses, "updates": dict(training.levels.updates), "replay": training.replay.seen}
+            for level, names in members.items():
+                digest, kinds = hashlib.sha256(), set()
+                for piece in sorted(pieces, key=lambda piece: piece.name):
+                    kind, _, name = piece.name.partition("/")
+                    if name in names:
+                        digest.update(piece.data.numpy().tobytes())
+                        kinds.add(kind)
+                digest.update(repr([sorted(scalars[name].items()) for name in names]).encode())
+                found[level] = digest.hexdigest(), kinds
+            seen.append(found)
+        results[stage] = seen
+    torch.save(results, Path(place, f"results{world}-{rank}"))
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    """By number of workers, rank and ZeRO stage, what was found after each window."""
+    place, found = tmp_path_factory.mktemp("policies"), {}
+    for world in (1, 2):
+        jobs = {
+            stage: to_yaml(
+                load(
+                    "jobs/five-domains.yaml",
+                    [*JOB, f"training.workers={world}", f"training.zero_stage={stage}"],
+                    streamed=True,
+                )
+            )
+            for stage in range(4)
+        }
+        mp.spawn(worker, (world, str(place), jobs), nprocs=world)
+        for rank in range(world):
+            found[world, rank] = torch.load(place / f"results{world}-{rank}", weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("place", [(1, 0), (2, 0), (2, 1)])
+def test_only_the_levels_that_a_source_may_write_change(results, place, stage):
+    first, mood, read, last = results[place][stage]
+    kinds = set.union(*(first[level][1] for level in LEVELS))
+    assert {"weight", "accumulator", "exp_avg", "momentum"} <= kinds  # there was a state that could have changed
+    assert [level for level in LEVELS if mood[level] != first[level]] == ["level1"]
+    assert [level for level in LEVELS if read[level] != mood[level]] == []
+    assert [level for level in LEVELS if last[level] != read[level]] == list(LEVELS)
+    assert [found["updates"] for found in (first, mood, read, last)] == [
+        {"level1": 2, "level2": 1, "base": 5},
+        {"level1": 4, "level2": 1, "base": 5},
+        {"level1": 4, "level2": 1, "base": 5},
+        {"level1": 5, "level2": 2, "base": 7},
+    ]
+    assert [found["replay"] for found in (first, mood, read, last)] == [20, 20, 20, 28]
+
+
+def test_every_stage_and_number_of_workers_gives_the_same_losses(results):
+    reference = [loss for window in results[1, 0][0] for loss in window["losses"]]
+    for place, stages in results.items():
+        for stage, windows in stages.items():
+            losses = [loss for window in windows for loss in window["losses"]]
+            assert losses == pytest.approx(reference, rel=1e-5), (place, stage)
