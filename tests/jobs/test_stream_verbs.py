@@ -97,6 +97,7 @@ def test_a_source_that_does_not_answer_leaves_the_lag_open(folder, tmp_path):
         (["resume", "news"], "is a stream: nestling stream --resume"),
         (["train", "five-domains"], "training.steps: got null, which only a stream can have"),
         (["train", "five-domains", "training.steps=3"], "is a stream: nestling stream JOB, and not nestling train"),
+        (["train", "quickstart", "stream.sources=[{source: tests}]"], "stream.sources: only a stream reads them"),
         (["stream", "quickstart"], "which ends and has no order in time; a stream takes embedded:five-domains"),
         (["stream", "quickstart", "data.source=kafka://x"], "needs kafka://HOST:PORT/TOPIC"),
         (["stream", "quickstart", "data.source=python:a:b"], "with a module that the workers can import"),

@@ -281,11 +281,11 @@ def test_a_reader_leaves_off_between_two_windows_and_says_how_to_go_on(tmp_path,
     source = Lists(a=texts(23))  # four a window
     planned(source, tmp_path)
     reading = Reading(source, tmp_path, Rules(), Tokenizer.bytes(), 8, 4)
-    whole = list(reading.tables(0, None))
+    whole = list(reading.tables(0, {}))
     monkeypatch.setattr(reader, "WINDOWS", 2)
-    first = list(reading.tables(0, None))
+    first = list(reading.tables(0, {}))
     assert first[:-1] == whole[:2]
-    assert list(reading._parsed(first[-1])) == [Next(window=2, latest=7.0)]
+    assert list(reading._parsed(first[-1])) == [Next(window=2, latest={"lists": 7.0})]
 
 
 def test_what_goes_wrong_in_a_reader_reaches_whoever_follows_it(tmp_path):

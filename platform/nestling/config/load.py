@@ -37,7 +37,7 @@ def load(job: str | Path, overrides: Sequence[str] = (), streamed: bool | None =
     config = build(given)
     _check_tracking(config)
     _check_data(config, streamed)
-    _say_what_is_unused(given, config, streamed)
+    _say_what_is_unused(given, config)
     return config
 
 
@@ -189,12 +189,15 @@ def _check_data(config: JobConfig, streamed: bool | None) -> None:
     from nestling.data.preparing import open_tokenizer
     from nestling.data.sources import check_source
 
-    data = config.data
+    data, sources = config.data, config.stream.sources
     if streamed is None:
-        sources = config.stream.sources
         streamed = sources is not None or config.training.steps is None or data.source.startswith(STREAMS)
     if config.training.steps is None and not streamed:
         raise ConfigError("training.steps: got null, which only a stream can have; give a number of steps")
+    if sources is not None and not streamed:
+        raise ConfigError(
+            "stream.sources: only a stream reads them: nestling stream JOB; or stream.sources=null and a data.source"
+        )
     try:
         if streamed:
             from nestling.data.streams import open_stream
@@ -221,11 +224,11 @@ def _check_data(config: JobConfig, streamed: bool | None) -> None:
         )
 
 
-def _say_what_is_unused(given: dict[str, Any], config: JobConfig, streamed: bool | None) -> None:
+def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:
     training = config.training
     if config.data.mix is not None and "source" in given["data"]:
         log.warning("data.source is not used: data.mix takes its place; data.mix=null would use it")
-    if streamed and config.stream.sources is not None and "source" in given.get("data", {}):
+    if config.stream.sources is not None and "source" in given.get("data", {}):
         log.warning("data.source is not used: stream.sources takes its place; stream.sources=null would use it")
     if training.warmup_steps >= training.last_step:
         log.warning(

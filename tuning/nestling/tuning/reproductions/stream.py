@@ -152,7 +152,7 @@ def _read(config: JobConfig) -> Content:
     """The whole source as one window."""
     source = open_stream(config)
     (end,) = source.ends({}).values()
-    return read_window(source, Plan(0, (Interval("0", 0, end),)), Rules(held_percent=config.stream.probe_percent), None)
+    return read_window(source, Plan(0, (Interval("0", 0, end),)), Rules(held_percent=config.stream.probe_percent), {})
 
 
 def _chance(held: Sequence[Record]) -> dict[str, float]:
