@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.jobs.test_faults import Run, events
-from tests.jobs.test_stream_faults import begin, outcome, texts, verified
+from mlflow import MlflowClient
+from tests.jobs.streams import begin, outcome, resumed, verified
+from tests.jobs.test_faults import events
+from tests.jobs.test_stream_faults import texts
 from typer.testing import CliRunner
 
 from nestling.checkpoint import OpenCheckpoint, Store, grown
@@ -46,9 +48,9 @@ def logits(found: OpenCheckpoint, config_of: OpenCheckpoint | None = None) -> to
     return said
 
 
-def resumed(runs: Path, folder: Path) -> dict[str, Any]:
-    run_id = json.loads((folder / "run.json").read_text())["run_id"]
-    code, summary, said = Run(runs, "stream", "--resume", run_id).ended()
+def end_of(runs: Path, folder: Path) -> dict[str, Any]:
+    """Where the stream ends when it goes on."""
+    code, summary, said = resumed(runs, folder).ended()
     assert code == 0 and summary["steps"] == STEPS, said
     verified(runs, folder)
     return outcome(folder)
@@ -72,7 +74,7 @@ def test_levels_change_while_a_stream_runs(tmp_path: Path, texts: Path, monkeypa
     run.until(lambda: log.read_bytes().count(b"\n") >= at + 25)
     run.kill()
     assert [event["level"] for event in events(folder, "levels")] == ["level3", "level1"]
-    live = resumed(tmp_path, folder)
+    live = end_of(tmp_path, folder)
 
     # The two snapshots around the change: the same logits, and the same state of what was there before.
     store = Store(folder / "checkpoints")
@@ -83,10 +85,8 @@ def test_levels_change_while_a_stream_runs(tmp_path: Path, texts: Path, monkeypa
     assert not torch.equal(logits(before), logits(after))
     lineage = json.loads(after.documents["state.json"])["lineage"]
     changes = next(entry for entry in lineage if "levels" in entry)
-    assert changes["from"] == before.checkpoint.name and {each["level"] for each in changes["levels"]} == {
-        "level1",
-        "level3",
-    }
+    assert changes["from"] == before.checkpoint.name
+    assert sorted(each["level"] for each in changes["levels"]) == ["level1", "level3"]
     assert {each["step"] for each in call("snapshot", "list", run_id)["snapshots"] if each["good"]} >= {at, at + 10}
 
     # From then on each level moves at its period, by the steps of the stream.
@@ -100,15 +100,23 @@ def test_levels_change_while_a_stream_runs(tmp_path: Path, texts: Path, monkeypa
         assert updates[step] == expected, step
     assert any(row["name"].startswith("CMS level3") for row in call("levels", run_id)["components"])
 
+    # MLflow has the change as tags and new parameters, and what the new level does from there on.
+    info = json.loads((folder / "run.json").read_text())
+    client = MlflowClient(info["tracking_uri"])
+    recorded = client.get_run(info["mlflow_run_id"]).data
+    assert recorded.tags["nestling.resumed.levels.0.name"] == "level3" and recorded.params["levels.2.name"] == "level2"
+    history = client.get_metric_history(info["mlflow_run_id"], "levels/level3/updates")
+    assert [metric.step for metric in history] == list(range(at + 1, STEPS + 1))
+
     # Back to before the change: it goes on as if there had been none ...
     restored = call("snapshot", "restore", run_id, "--step", at)
     assert restored["set_aside"] == list(range(STEPS, at, -10))
     assert [level.name for level in from_yaml((folder / "config.yaml").read_text()).levels] == ["level1", "level2"]
-    plain = resumed(tmp_path, folder)
+    plain = end_of(tmp_path, folder)
     same = [a[1:2] == b[1:2] for a, b in zip(live["losses"], plain["losses"], strict=True)]
     assert all(same[: at + 1]) and not all(same[at + 1 :])  # the first loss after the change is by the same logits
     # ... and with the same change, made while it rests, it ends as the one that it was made to while it ran.
     call("snapshot", "restore", run_id, "--step", at)
     assert call("level", "add", run_id, "--period", 4, "--width", 16)["taken_up"]
     assert call("level", "period", run_id, 2, 9)["taken_up"]
-    assert resumed(tmp_path, folder) == live
+    assert end_of(tmp_path, folder) == live
