@@ -14,14 +14,15 @@ import psutil
 from tests.jobs.test_faults import Run
 
 STEPS = 60
-#: Periods of 7 and 5 steps are in the middle of an accumulation at most snapshots.
+#: Periods of 7 and 5 steps (and EWC's of 7) are in the middle of an accumulation at most snapshots.
 JOB = [
     *("training.batch_tokens=256", "data.sequence_length=64", "training.log_every=1", "training.warmup_steps=2"),
     *("training.schedule=constant", "training.evaluate_every=0", "training.checkpoint_every=10"),
     *("model.width=32", "model.heads=1", "model.layers=1", "training.zero_stage=2"),
     *("levels=[{width: 32, period: 7}, {width: 32, period: 5, optimizer: sgd}]", "stream.window_bytes=2000"),
     *("stream.dead_share=0.5", "stream.probe_every=15", "stream.probe_percent=10", "stream.replay_share=0.1"),
-    "stream.replay_bytes=8192",
+    *("stream.replay_bytes=262144", "stream.der_alpha=0.5", "stream.ewc_strength=10000", "stream.ewc_every=7"),
+    "stream.rewarm_factor=2",
 ]
 
 

@@ -222,6 +222,11 @@ def _check_data(config: JobConfig, streamed: bool | None) -> None:
             f"model.vocab_size: got {config.model.vocab_size}, the tokenizer has {vocabulary} tokens; "
             "leave model.vocab_size out to take the tokenizer's"
         )
+    if streamed:
+        try:
+            config.stream.check_replay(data.sequence_length, vocabulary)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
 
 
 def _say_what_is_unused(given: dict[str, Any], config: JobConfig) -> None:

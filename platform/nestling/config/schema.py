@@ -145,6 +145,8 @@ class JobConfig:
         self._hand_over_levels()
         self._check_continuum()
         self._check_policies()
+        if self.model.vocab_size is not None:
+            self.stream.check_replay(self.data.sequence_length, self.model.vocab_size)
 
     def _check_levels(self) -> None:
         for place, level in enumerate(self.levels):

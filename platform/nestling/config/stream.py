@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,12 +71,21 @@ class StreamConfig:
     replay_share: float = 0.0
     #: Bytes of memory for the sequences that are kept to be replayed, a uniform sample of all so far.
     replay_bytes: int = 1 << 20
+    #: DER++: weight of the mean squared difference of a replayed token's logits from those that it gave when it was
+    #: learnt, beside its cross-entropy; 0: none. The logits take 2 bytes x the vocabulary for each token of
+    #: `replay_bytes`, which then holds much less.
+    der_alpha: float = 0.0
     #: Online elastic weight consolidation: weight of the penalty that holds the weights that have mattered so far; 0:
     #: none. It is measured against the squares of clipped gradients, so that useful values are large.
     ewc_strength: float = 0.0
     #: Steps from one consolidation to the next, and what is then kept of the importance of earlier ones.
     ewc_every: int = 50
     ewc_decay: float = 0.9
+    #: Learning-rate re-warming: factor on all rates to which they rise after an alarm of drift; 1: they do not.
+    rewarm_factor: float = 1.0
+    #: Steps of that rise, and of the decay back to where the schedule is.
+    rewarm_steps: int = 10
+    redecay_steps: int = 50
     #: Factor of the fading prequential loss: how much of the past is left after a step.
     fading: float = 0.98
 
@@ -90,8 +100,10 @@ class StreamConfig:
         need("stream", self, "at least 1", whole, "window_bytes", "windows_ahead", "record_bytes")
         need("stream", self, "a finite value of at least 0", not_negative, "close_after", "settle_after", "lateness")
         need("stream", self, "at least 1", whole, "probe_bytes", "replay_bytes", "ewc_every")
+        need("stream", self, "at least 1", whole, "rewarm_steps", "redecay_steps")
+        need("stream", self, "a finite value of at least 1", lambda value: 1 <= value < math.inf, "rewarm_factor")
         need("stream", self, "a fraction from 0 to 1", fraction, "replay_share", "ewc_decay")
-        need("stream", self, "a finite value of at least 0", not_negative, "ewc_strength")
+        need("stream", self, "a finite value of at least 0", not_negative, "ewc_strength", "der_alpha")
         need("stream", self, "at least 0", lambda value: value >= 0, "probe_every")
         need("stream", self, "at least 0 and below 100", lambda value: 0 <= value < 100, "probe_percent")
         need("stream", self, "a finite value of at least 0", not_negative, "drift_delta")
@@ -99,8 +111,29 @@ class StreamConfig:
         need("stream", self, "a value from 0.01 on", lambda value: value >= 0.01, "poll_every")
         need("stream", self, "a fraction from 0 to 1", fraction, "dead_share")
         need("stream", self, "a value above 0 and at most 1", lambda value: 0 < value <= 1, "fading")
+        if self.der_alpha and not self.replay_share:
+            raise ValueError(
+                f"stream.der_alpha: got {self.der_alpha}, but nothing is replayed whose logits could be kept; give "
+                "stream.replay_share, for example 0.05"
+            )
         if self.guard and not (self.probe_every and self.probe_percent):
             raise ValueError(
                 "stream.guard: judges windows by what is held out of them; needs stream.probe_every and "
                 "stream.probe_percent above 0"
             )
+
+    def replay_room(self, length: int, vocabulary: int) -> int:
+        """Sequences that `replay_bytes` hold, of `length` tokens: inputs and targets, and for DER++ the logits."""
+        return self.replay_bytes // self._sequence_bytes(length, vocabulary)
+
+    def check_replay(self, length: int, vocabulary: int) -> None:
+        """Raises ValueError if there is room for no sequence at all."""
+        if self.replay_share and not self.replay_room(length, vocabulary):
+            logits = f" and logits of {vocabulary} tokens" if self.der_alpha else ""
+            raise ValueError(
+                f"stream.replay_bytes: got {self.replay_bytes}, but one sequence of data.sequence_length={length}"
+                f"{logits} takes {self._sequence_bytes(length, vocabulary)}; give room for many"
+            )
+
+    def _sequence_bytes(self, length: int, vocabulary: int) -> int:
+        return length * (2 * 4 + (2 * vocabulary if self.der_alpha else 0))

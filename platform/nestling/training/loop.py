@@ -73,7 +73,7 @@ class TrainingLoop(ABC):
         self.levels = levels_of(self.engine)
         self.guard = Guard(config.training.spike_sigmas)
         self.done = self.passed_over = 0
-        self.loss, self.gradient_norm = math.nan, math.nan
+        self.loss, self.gradient_norm, self._rate = math.nan, math.nan, math.nan
         self.refused, self.stop = "", False
         self.restart_clock()
 
@@ -84,7 +84,8 @@ class TrainingLoop(ABC):
     def step(self) -> float:
         """One optimizer step; returns `loss`."""
         self.done += 1
-        set_rate(self.engine, rate_factor(self.done, self.config.training))
+        self._rate = self._rate_factor()
+        set_rate(self.engine, self._rate)
         self._run_batch(self._judge)
         self._ends.append(time.perf_counter())
         return self.loss
@@ -119,7 +120,7 @@ class TrainingLoop(ABC):
             "train/loss": self.loss,
             "train/tokens": self.done * training.batch_tokens,
             "train/tokens_per_second": self._tokens_per_second(),
-            "train/learning_rate": rate_factor(self.done, training) * training.learning_rate,
+            "train/learning_rate": self._rate * training.learning_rate,
             "train/gradient_norm": self.gradient_norm,
             "train/skipped_steps": self.guard.skipped,
         }
@@ -174,6 +175,10 @@ class TrainingLoop(ABC):
         """Leave what has been done since the last step out of the tokens per second."""
         self._ends: deque[float] = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
 
+    def _rate_factor(self) -> float:
+        """Share of the peak learning rates at step `done`."""
+        return rate_factor(self.done, self.config.training)
+
     def _run_batch(self, refuse: Callable[[float], bool]) -> None:
         """Forward, backward and optimizer step on the batch of step `done`; sets its loss and gradient norm."""
         self.engine.train()
@@ -190,7 +195,7 @@ class TrainingLoop(ABC):
         for place, (inputs, targets) in enumerate(pieces):
             logits, _ = self.engine(inputs)
             total = self._nats(logits, targets)
-            self.engine.backward(total / self._share(targets))
+            self.engine.backward((total + self._penalty(logits, targets)) / self._share(targets))
             figures[0] += total.detach()
             figures[1] += (targets != IGNORED).sum()
             if place == len(pieces) - 1:
@@ -205,6 +210,10 @@ class TrainingLoop(ABC):
     def _nats(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The summed loss of a micro-batch."""
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+    def _penalty(self, logits: Tensor, targets: Tensor) -> Tensor | float:
+        """What training minimises beside the summed loss of a micro-batch, and does not report."""
+        return 0.0
 
     def _share(self, targets: Tensor) -> float:
         """What a micro-batch's loss is divided by: each token weighs the same, however many are masked."""

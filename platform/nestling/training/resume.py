@@ -24,7 +24,7 @@ CHANGEABLE = (
     "tracking.*",
     *(f"stream.{key}" for key in ("windows_ahead", "window_bytes", "close_after", "poll_every", "settle_after")),
     *(f"stream.{key}" for key in ("dead_share", "drift_delta", "drift_threshold", "guard", "replay_share")),
-    *(f"stream.{key}" for key in ("ewc_strength", "ewc_every", "ewc_decay")),
+    *("stream.ewc_*", "stream.rewarm_*", "stream.redecay_steps"),
     "stream.sources.*.levels",
     "data.source",
     "data.mix.*.source",

@@ -23,9 +23,11 @@ from nestling.evaluation.drift import PageHinkley
 from nestling.evaluation.prequential import Prequential
 from nestling.evaluation.probes import Probes
 from nestling.optim import EWC
+from nestling.training.dark import DarkKnowledge
 from nestling.training.guard import Guard
 from nestling.training.loop import TrainingLoop
 from nestling.training.replay import Replay
+from nestling.training.schedule import rewarming
 
 
 class StreamTraining(TrainingLoop):
@@ -66,7 +68,10 @@ class StreamTraining(TrainingLoop):
         self.rollbacks = 0
         self.window_nats = self.window_bytes = 0.0
         stream, length = config.stream, config.data.sequence_length
-        self.replay = Replay(stream.replay_share, stream.replay_bytes, length, config.seed)
+        assert config.model.vocab_size is not None
+        vocabulary = config.model.vocab_size if stream.der_alpha else 0
+        room = stream.replay_room(length, config.model.vocab_size)
+        self.replay = Replay(stream.replay_share, room, length, config.seed, vocabulary)
         if stream.ewc_strength:
             for group in self.levels.param_groups:
                 group["ewc"] = EWC(stream.ewc_strength, stream.ewc_every, stream.ewc_decay)
@@ -75,6 +80,7 @@ class StreamTraining(TrainingLoop):
         self._rows: tuple[np.ndarray, np.ndarray] | None = None
         self._tokens = 0
         self._parts: list[Tensor] = []
+        self._dark: DarkKnowledge | None = None
 
     def batch(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         assert self._rows is not None
@@ -93,13 +99,17 @@ class StreamTraining(TrainingLoop):
 
     def learn(self, batch: Batch) -> None:
         """One optimizer step on a batch of the present window; all ranks with the same one."""
-        past = self.replay.draw(self.done + 1, len(batch.inputs) if self.lasting else 0)
+        *past, remembered = self.replay.draw(self.done + 1, len(batch.inputs) if self.lasting else 0)
         halves = (self._mine(new, old) for new, old in zip((batch.inputs, batch.targets), past, strict=True))
         inputs, targets = (np.concatenate(half).astype(np.int64) for half in halves)
         self._rows, self._tokens, self._parts = (inputs, targets), batch.inputs.size + past[0].size, []
+        places = self.replay.places(batch.targets) if self.lasting else {}
+        if self.config.stream.der_alpha:
+            self._dark = self._dark_knowledge(len(batch.inputs), remembered, list(places))
         self.step()
         if not self.refused and self.lasting:
-            self.replay.add(batch.inputs, batch.targets)
+            logits = None if self._dark is None else self._dark.kept(len(places))
+            self.replay.add(batch.inputs, batch.targets, logits)
         nats = torch.zeros(len(batch.names), dtype=torch.float64, device=self.device)
         (mine,) = self._mine(batch.domains)
         domains = torch.from_numpy(mine.astype(np.int64)).to(self.device).flatten()
@@ -173,10 +183,17 @@ class StreamTraining(TrainingLoop):
         self.files = stream["files"]
 
     def tensors(self) -> dict[str, Tensor]:
-        return {"replay": self.replay.kept()}
+        return self.replay.tensors()
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        self.replay.load(self._seen, tensors.get("replay", torch.zeros(0, dtype=torch.int32)))
+        self.replay.load(self._seen, tensors)
+
+    def _dark_knowledge(self, count: int, remembered: np.ndarray, kept: list[int]) -> DarkKnowledge:
+        """DER++ of a step of `count` new sequences, of which the `kept` ones are going to be kept."""
+        new, (mine,) = self._mine(np.arange(count))[0].tolist(), self._mine(remembered)
+        wanted = {number: new.index(row) for number, row in enumerate(kept) if row in new}
+        logits = torch.from_numpy(mine).to(self.device)
+        return DarkKnowledge(self.config.stream.der_alpha, len(new), logits, wanted)
 
     def _detector(self, source: str) -> PageHinkley:
         stream = self.config.stream
@@ -190,6 +207,13 @@ class StreamTraining(TrainingLoop):
     def _share(self, targets: Tensor) -> float:
         # Ranks may have different numbers of replayed rows, and the gradient is the mean over ranks and micro-batches.
         return self._tokens / (self.world * self.engine.gradient_accumulation_steps())
+
+    def _rate_factor(self) -> float:
+        since = self.done - self.drifted if self.drifted else math.inf
+        return super()._rate_factor() * rewarming(since, self.config.stream)
+
+    def _penalty(self, logits: Tensor, targets: Tensor) -> Tensor | float:
+        return 0.0 if self._dark is None else self._dark.penalty(logits, targets)
 
     def _nats(self, logits: Tensor, targets: Tensor) -> Tensor:
         each = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")

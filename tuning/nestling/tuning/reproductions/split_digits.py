@@ -77,7 +77,7 @@ class SplitDigits:
         ewc = EWC(self.ewc_strength, self.steps) if self.ewc_strength else None
         optimizer = Levels(self._groups(network), lr=self.rate, ewc=ewc)
         # To the reservoir of the streams an image is a sequence of 64 tokens, and its class the target of each.
-        replay = Replay(float(self.replayed > 0), self.replayed * 2 * 4 * PIXELS, PIXELS, seed)
+        replay = Replay(float(self.replayed > 0), self.replayed, PIXELS, seed)
         scores, done = [], 0
         for task in [np.concatenate(train)] if self.joint else train:
             for new in _batches(task, self.steps * (TASKS if self.joint else 1), generator):
