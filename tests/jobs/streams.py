@@ -22,7 +22,7 @@ JOB = [
     *("levels=[{width: 32, period: 7}, {width: 32, period: 5, optimizer: sgd}]", "stream.window_bytes=2000"),
     *("stream.dead_share=0.5", "stream.probe_every=15", "stream.probe_percent=10", "stream.replay_share=0.1"),
     *("stream.replay_bytes=262144", "stream.der_alpha=0.5", "stream.ewc_strength=10000", "stream.ewc_every=7"),
-    "stream.rewarm_factor=2",
+    *("stream.rewarm_factor=2", "stream.carry_state=true"),
 ]
 
 

@@ -29,6 +29,7 @@ from nestling.memory.checks import state_dtype
 from nestling.models.component import GRADIENTS, TOKENS, Component
 from nestling.models.config import ContinuumConfig, LevelsConfig, SkeletonConfig
 from nestling.models.errors import ERRORS, Reading, Weights, next_token_loss, read_block
+from nestling.models.fast_state import detached
 from nestling.models.hope import mixers
 from nestling.models.skeleton import LanguageModel
 
@@ -312,18 +313,6 @@ def _with_second_derivatives(model: LanguageModel) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.backend = "auto"
-
-
-def detached(state: Any) -> Any:
-    """The same numbers cut off from the graph that made them, in tuples, lists, mappings and what can `detach`."""
-    if hasattr(state, "detach"):
-        return state.detach()
-    if isinstance(state, dict):
-        return {key: detached(value) for key, value in state.items()}
-    if isinstance(state, tuple | list):
-        parts = [detached(part) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    return state
 
 
 def _widened(parameter: Tensor) -> Tensor:

@@ -17,7 +17,14 @@ from nestling.config.data import DataConfig
 from nestling.config.optimizers import Optimizer, OptimizersConfig
 from nestling.config.stream import StreamConfig
 from nestling.config.training import CheckpointConfig, EvaluationConfig, TrainingConfig
-from nestling.models.config import ContinuumConfig, HopeAttentionConfig, HopeConfig, LevelsConfig, SkeletonConfig
+from nestling.models.config import (
+    AttentionConfig,
+    ContinuumConfig,
+    HopeAttentionConfig,
+    HopeConfig,
+    LevelsConfig,
+    SkeletonConfig,
+)
 
 
 def _need_nesting(levels: list[LevelConfig]) -> None:
@@ -147,6 +154,7 @@ class JobConfig:
         self._check_policies()
         if self.model.vocab_size is not None:
             self.stream.check_replay(self.data.sequence_length, self.model.vocab_size)
+        self._check_carried_state()
 
     def _check_levels(self) -> None:
         for place, level in enumerate(self.levels):
@@ -222,6 +230,20 @@ class JobConfig:
                     f"{where}: got {given}, but with model.level_variant=nested a level is reset to what slower ones "
                     f"have learnt; needs all of {', '.join(chain)}, or none of them"
                 )
+
+    def _check_carried_state(self) -> None:
+        if not self.stream.carry_state:
+            return
+        if isinstance(self.model, AttentionConfig):
+            raise ValueError(
+                f"stream.carry_state: got true, but model.name={self.model.name} has no memory to carry, only a cache "
+                "that grows with the text; needs a recurrent model, such as hope or titans"
+            )
+        if self.continuum.drive == "meta":
+            raise ValueError(
+                "stream.carry_state: got true, but continuum.drive=meta trains what levels move from at the beginning "
+                "of every sequence; choose continuum.drive=schedule or stream"
+            )
 
     def _check_batch(self) -> None:
         training, length = self.training, self.data.sequence_length

@@ -86,6 +86,9 @@ class StreamConfig:
     #: Steps of that rise, and of the decay back to where the schedule is.
     rewarm_steps: int = 10
     redecay_steps: int = 50
+    #: Whether memories and other fast state go on from batch to batch and window to window, instead of beginning anew
+    #: with every sequence: a window is then laid out in lanes, in which each row goes on where it ended.
+    carry_state: bool = False
     #: Factor of the fading prequential loss: how much of the past is left after a step.
     fading: float = 0.98
 

@@ -20,6 +20,8 @@ from nestling.data.feed import IGNORED
 class DarkKnowledge:
     """One step of DER++ on one rank, whose sequences pass by in micro-batches, new ones first.
 
+    They may be shorter than those that were kept; what is missing has nothing to predict.
+
     Args:
         alpha: weight of the difference from remembered logits.
         new: new sequences of this rank in the step.
@@ -41,7 +43,7 @@ class DarkKnowledge:
                 self.mine[number] = logits[row - first].detach().half()
         replayed = slice(max(first, self._new) - first, None)
         remembered = self._remembered[max(first - self._new, 0) : max(self._passed - self._new, 0)]
-        squares = (logits[replayed].float() - remembered.float()).square().mean(-1)
+        squares = (logits[replayed].float() - remembered[:, : logits.shape[1]].float()).square().mean(-1)
         return self._alpha * squares[targets[replayed] != IGNORED].sum()
 
     def kept(self, count: int) -> np.ndarray:
@@ -49,7 +51,7 @@ class DarkKnowledge:
         shape = (count, *self._remembered.shape[1:])
         logits = torch.zeros(shape, dtype=torch.float16, device=self._remembered.device)
         for number, own in self.mine.items():
-            logits[number] = own
+            logits[number, : len(own)] = own
         if count:
             dist.all_reduce(logits)  # of each sequence, one rank has them and the others zeros
         return logits.cpu().numpy()

@@ -67,6 +67,8 @@ class Keeper:
         if self._rank == 0:
             kept = training.tensors()
             pieces += [Piece(BESIDE + name, 0, tensor) for name, tensor in kept.items() if tensor.numel()]
+        shares = training.shares()
+        pieces += [Piece(BESIDE + name, self._rank * len(mine), mine) for name, mine in shares.items() if len(mine)]
         problem = ""
         spoilt = next((piece.name for piece in pieces if not piece.data.sum().isfinite()), None)
         if spoilt:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestling.config import JobConfig
 from nestling.data import IGNORED, Corpus, Feed
@@ -68,8 +68,7 @@ class TrainingLoop(ABC):
         self.shapes = {name: parameter.shape for name, parameter in self.model.named_parameters()}
         #: The model as evaluations read with it, and, if the outer gradient passes through the moves, as it is trained.
         self.reader = with_moving_levels(self.model, config.continuum)
-        trained = self.reader if config.continuum.drive == "meta" else self.model
-        self.engine = make_engine(trained, parameter_groups(self.model, config), config, world)
+        self.engine = make_engine(self._trained(), parameter_groups(self.model, config), config, world)
         self.levels = levels_of(self.engine)
         self.guard = Guard(config.training.spike_sigmas)
         self.done = self.passed_over = 0
@@ -158,8 +157,12 @@ class TrainingLoop(ABC):
         """Flat tensors that belong into a checkpoint beside weights and optimizer state; equal on all ranks."""
         return {}
 
+    def shares(self) -> dict[str, Tensor]:
+        """The same, but of each tensor only this rank's stretch: all of one length, in the order of the ranks."""
+        return {}
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take up what `tensors` gave, after `load_state`."""
+        """Take up what `tensors` and all ranks' `shares` gave, after `load_state`."""
         assert not tensors
 
     def load_moved(self, moved: Mapping[str, float]) -> None:
@@ -193,7 +196,7 @@ class TrainingLoop(ABC):
         figures = torch.zeros(3, dtype=torch.float64, device=self.device)
         figures[2] = self.rank == 0 and self._stopping()
         for place, (inputs, targets) in enumerate(pieces):
-            logits, _ = self.engine(inputs)
+            logits = self._logits(inputs)
             total = self._nats(logits, targets)
             self.engine.backward((total + self._penalty(logits, targets)) / self._share(targets))
             figures[0] += total.detach()
@@ -206,6 +209,15 @@ class TrainingLoop(ABC):
         set_chunk_size(self.model, None)
         assert norm is not None
         self.gradient_norm = norm
+
+    def _trained(self) -> nn.Module:
+        """The model as the engine trains it."""
+        return self.reader if self.config.continuum.drive == "meta" else self.model
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        """The logits of the next micro-batch."""
+        logits, _ = self.engine(inputs)
+        return logits
 
     def _nats(self, logits: Tensor, targets: Tensor) -> Tensor:
         """The summed loss of a micro-batch."""

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from nestling.config import JobConfig
 from nestling.data.feed import IGNORED
@@ -22,12 +22,17 @@ from nestling.data.streams import Batch, Opening, Position
 from nestling.evaluation.drift import PageHinkley
 from nestling.evaluation.prequential import Prequential
 from nestling.evaluation.probes import Probes
+from nestling.models.fast_state import Continuing
 from nestling.optim import EWC
 from nestling.training.dark import DarkKnowledge
 from nestling.training.guard import Guard
+from nestling.training.lanes import Lanes
 from nestling.training.loop import TrainingLoop
 from nestling.training.replay import Replay
 from nestling.training.schedule import rewarming
+
+#: How the names begin of the tensors that go on from batch to batch.
+FAST = "fast/"
 
 
 class StreamTraining(TrainingLoop):
@@ -75,6 +80,8 @@ class StreamTraining(TrainingLoop):
         if stream.ewc_strength:
             for group in self.levels.param_groups:
                 group["ewc"] = EWC(stream.ewc_strength, stream.ewc_every, stream.ewc_decay)
+        #: What goes on from batch to batch; None: every sequence begins anew.
+        self.lanes = Lanes(config.training.batch_tokens // length // world) if stream.carry_state else None
         #: What else the snapshot says, kept by rank 0's worker.
         self.files: dict[str, Any] = {}
         self._rows: tuple[np.ndarray, np.ndarray] | None = None
@@ -101,18 +108,24 @@ class StreamTraining(TrainingLoop):
         """One optimizer step on a batch of the present window; all ranks with the same one."""
         *past, remembered = self.replay.draw(self.done + 1, len(batch.inputs) if self.lasting else 0)
         halves = (self._mine(new, old) for new, old in zip((batch.inputs, batch.targets), past, strict=True))
-        inputs, targets = (np.concatenate(half).astype(np.int64) for half in halves)
+        # Lanes end together: what fills up a window's last batch is not read, so that it leaves nothing in the state.
+        width = batch.inputs.shape[1] if self.lanes is None else int((batch.targets != IGNORED).any(0).sum())
+        inputs, targets = (np.concatenate(half)[:, :width].astype(np.int64) for half in halves)
         self._rows, self._tokens, self._parts = (inputs, targets), batch.inputs.size + past[0].size, []
         places = self.replay.places(batch.targets) if self.lasting else {}
         if self.config.stream.der_alpha:
             self._dark = self._dark_knowledge(len(batch.inputs), remembered, list(places))
+        if self.lanes is not None:
+            self.lanes.begin()
         self.step()
         if not self.refused and self.lasting:
             logits = None if self._dark is None else self._dark.kept(len(places))
             self.replay.add(batch.inputs, batch.targets, logits)
+        if not self.refused and self.lanes is not None:
+            self.lanes.keep()
         nats = torch.zeros(len(batch.names), dtype=torch.float64, device=self.device)
         (mine,) = self._mine(batch.domains)
-        domains = torch.from_numpy(mine.astype(np.int64)).to(self.device).flatten()
+        domains = torch.from_numpy(mine[:, :width].astype(np.int64)).to(self.device).flatten()
         nats.index_add_(0, domains, torch.cat(self._parts)[: len(domains)].double())  # replayed ones come last
         dist.all_reduce(nats)
         self.batches_done += 1
@@ -161,6 +174,7 @@ class StreamTraining(TrainingLoop):
                 "drifts": [self.drifts, self.drifted],
                 "rollbacks": self.rollbacks,
                 "replayed_from": self.replay.seen,
+                "fast": {} if self.lanes is None else self.lanes.numbers(),
                 "window": [self.window_nats, self.window_bytes],
                 "files": self.files,
             }
@@ -178,15 +192,27 @@ class StreamTraining(TrainingLoop):
             self._detector(source).load(kept)
         self.drifts, self.drifted = stream["drifts"]
         self.rollbacks = stream["rollbacks"]
-        self._seen = stream["replayed_from"]
+        self._seen, self._numbers = stream["replayed_from"], stream["fast"]
         self.window_nats, self.window_bytes = stream["window"]
         self.files = stream["files"]
 
     def tensors(self) -> dict[str, Tensor]:
         return self.replay.tensors()
 
+    def shares(self) -> dict[str, Tensor]:
+        return {} if self.lanes is None else {FAST + name: mine for name, mine in self.lanes.tensors().items()}
+
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.replay.load(self._seen, tensors)
+        if self.lanes is not None:
+            fast = {name.removeprefix(FAST): tensor for name, tensor in tensors.items() if name.startswith(FAST)}
+            self.lanes.load(self.engine.module, self.rank, fast, self._numbers)
+
+    def _trained(self) -> nn.Module:
+        return super()._trained() if not self.config.stream.carry_state else Continuing(self.model)
+
+    def _logits(self, inputs: Tensor) -> Tensor:
+        return super()._logits(inputs) if self.lanes is None else self.lanes.read(self.engine, inputs)
 
     def _dark_knowledge(self, count: int, remembered: np.ndarray, kept: list[int]) -> DarkKnowledge:
         """DER++ of a step of `count` new sequences, of which the `kept` ones are going to be kept."""

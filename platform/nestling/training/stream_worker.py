@@ -155,6 +155,7 @@ class StreamWorker:
             tokenizer=self._tokenizer,
             length=length,
             rows=config.training.batch_tokens // length,
+            lanes=stream.carry_state,
         )
 
     def _open(self, opening: Opening) -> None:

@@ -135,8 +135,16 @@ def read_window(source: StreamSource, plan: Plan, rules: Rules, latest: Mapping[
     return content
 
 
-def batches(records: Iterable[Record], tokenizer: Tokenizer, length: int, rows: int) -> list[Batch]:
-    """The text of some records in batches of `rows` sequences of `length` tokens."""
+def batches(
+    records: Iterable[Record], tokenizer: Tokenizer, length: int, rows: int, lanes: bool = False
+) -> list[Batch]:
+    """The text of some records in batches of `rows` sequences of `length` tokens, each token predicted once.
+
+    Args:
+        lanes: whether each row of a batch goes on where that row ended in the batch before, so that it can be read with
+            the state that was left there: the text is cut into `rows` equal stretches, and batch t holds the tokens
+            [t length, (t + 1) length) of each. Otherwise sequences follow one another row by row.
+    """
     names: dict[str, int] = {}
     tokens, domains, sizes = [np.zeros(0, np.int32)], [np.zeros(0, np.int16)], [np.zeros(0, np.float64)]
     for record in records:
@@ -149,30 +157,33 @@ def batches(records: Iterable[Record], tokenizer: Tokenizer, length: int, rows: 
         sizes.append(size)
         domains.append(np.full(len(ids), names.setdefault(record.domain, len(names)), np.int16))
     flat, of, weights = np.concatenate(tokens), np.concatenate(domains), np.concatenate(sizes)
-    made = []
-    for start in range(0, len(flat), rows * length):
-        part = slice(start, start + rows * length)
-        targets = np.full(rows * length, IGNORED, np.int32)
-        inputs = np.full(rows * length, tokenizer.separator, np.int32)
-        domain = np.zeros(rows * length, np.int16)
-        count = len(flat[part])
-        targets[:count], domain[:count] = flat[part], of[part]
-        inputs[1:count] = flat[part][: count - 1]
-        if start:
-            inputs[0] = flat[start - 1]
-        here = sorted(set(of[part].tolist()))
-        place = np.zeros(len(names), np.int16)
-        place[here] = np.arange(len(here), dtype=np.int16)
-        known = list(names)
-        bytes_of = [round(float(weights[part][of[part] == number].sum())) for number in here]
-        shape = (rows, length)
-        made.append(
-            Batch(
-                inputs.reshape(shape),
-                targets.reshape(shape),
-                place[domain].reshape(shape),
-                [known[number] for number in here],
-                bytes_of,
-            )
-        )
+    known, made = list(names), []
+    for places in (_lanes if lanes else _sequences)(len(flat), rows, length):
+        there = places >= 0
+        targets = np.full(places.shape, IGNORED, np.int32)
+        inputs = np.full(places.shape, tokenizer.separator, np.int32)
+        domain = np.zeros(places.shape, np.int16)
+        targets[there] = flat[places[there]]
+        inputs[places > 0] = flat[places[places > 0] - 1]
+        found = of[places[there]]
+        here = sorted(set(found.tolist()))
+        number_of = np.zeros(len(known), np.int16)
+        number_of[here] = np.arange(len(here), dtype=np.int16)
+        domain[there] = number_of[found]
+        bytes_of = [round(float(weights[places[there]][found == number].sum())) for number in here]
+        made.append(Batch(inputs, targets, domain, [known[number] for number in here], bytes_of))
     return made
+
+
+def _sequences(count: int, rows: int, length: int) -> np.ndarray:
+    """Places in the text (batches, rows, length), -1 where the last batch is filled up."""
+    places = np.arange(-(-count // (rows * length)) * rows * length)
+    return np.where(places < count, places, -1).reshape(-1, rows, length)
+
+
+def _lanes(count: int, rows: int, length: int) -> np.ndarray:
+    """The same in lanes, whose lengths differ by one token at most: no lane is filled up by more than it has to be."""
+    sizes = count // rows + (np.arange(rows) < count % rows)
+    columns = np.arange(-(-sizes[0] // length) * length)
+    places = np.where(columns < sizes[:, None], (np.cumsum(sizes) - sizes)[:, None] + columns, -1)
+    return places.reshape(rows, -1, length).swapaxes(0, 1)

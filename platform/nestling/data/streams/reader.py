@@ -69,7 +69,7 @@ class Reading:
     Attributes:
         source, folder: what is read, and the folder with the planned windows.
         rules: what decides about records.
-        tokenizer, length, rows: how text becomes batches of `rows` sequences over all workers.
+        tokenizer, length, rows, lanes: how text becomes batches of `rows` sequences over all workers; see `batches`.
     """
 
     source: StreamSource
@@ -78,6 +78,7 @@ class Reading:
     tokenizer: Tokenizer
     length: int
     rows: int
+    lanes: bool = False
 
     def tables(self, window: int, latest: Mapping[str, float]) -> Iterator[pa.Table]:
         """The windows from number `window` on, each a table of one row: what is said of it, and all its batches.
@@ -98,7 +99,7 @@ class Reading:
         folder, last = WindowFolder(self.folder), window + WINDOWS
         while (plan := folder.wait(window)) is not None:
             content = read_window(self.source, plan, self.rules, latest)
-            made = batches(content.trained, self.tokenizer, self.length, self.rows)
+            made = batches(content.trained, self.tokenizer, self.length, self.rows, self.lanes)
             about = {
                 "summary": content.summary(),
                 "batches": [{"names": batch.names, "bytes": batch.bytes} for batch in made],
