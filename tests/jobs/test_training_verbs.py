@@ -84,7 +84,7 @@ def test_a_part_of_an_evaluation_leaves_its_record_alone(runs: Path, trained: di
 def test_generate(runs: Path, trained: dict[str, Any]) -> None:
     arguments = ("generate", "latest", "--prompt", "The ", "--max-tokens", "12", "--seed", "3")
     found = json.loads(subprocess.run(**command(runs, *arguments, "--json")).stdout)
-    assert found.keys() == {"run_id", "text", "tokens", "tokens_per_second"}
+    assert found.keys() == {"run_id", "text", "tokens", "tokens_per_second", "fast_state"}
     assert found["run_id"] == trained["run_id"] and 0 < found["tokens"] <= 12
     assert json.loads(subprocess.run(**command(runs, *arguments, "--json")).stdout)["text"] == found["text"]
     ended = subprocess.run(**command(runs, *arguments))
@@ -117,6 +117,32 @@ def test_levels_that_move_while_reading(runs: Path) -> None:
     assert wild.returncode == 1 and "the levels diverged while they read: lower continuum.rates" in wild.stderr
     wrong = subprocess.run(**command(runs, "generate", "moving", "--prompt", "", "continuum.rate=[1.0]", "--json"))
     assert wrong.returncode == 2 and "the nearest known one is continuum.rates" in wrong.stderr
+
+
+def test_a_training_learns_a_document(runs: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+    """It has no probes: what shows what became of the old is its held-out text."""
+    document, run_id, folder = tmp_path / "text", trained["run_id"], Path(trained["run_dir"])
+    document.write_text("one, two, three, four, five, six, seven. " * 10)
+
+    def told(*arguments: str) -> dict[str, Any]:
+        ended = subprocess.run(**command(runs, *arguments, "--json"))
+        assert ended.returncode == 0, ended.stderr
+        return json.loads(ended.stdout)
+
+    weights = (folder / "model.safetensors").read_bytes()
+    plain = told("evaluate", run_id)["heldout_loss"]
+    read = told("learn", run_id, str(document), "--fast")
+    primed = told("evaluate", run_id)
+    assert primed["fast_state"] == [str(document)] and primed["heldout_loss"] != plain
+    assert told("evaluate", run_id, "--no-fast")["heldout_loss"] == plain
+    assert (folder / "model.safetensors").read_bytes() == weights
+    learnt = told("learn", run_id, str(document))
+    assert learnt["probes"].keys() == read["probes"].keys() == {"held-out"}
+    (found,) = learnt["documents"]
+    assert found["after"] < found["before"] and learnt["steps"] == 16
+    assert told("runs")["runs"][0]["steps"] == 4 + 16
+    assert (folder / "model.safetensors").read_bytes() != weights
+    told("resume", run_id, "training.steps=22")
 
 
 def test_a_training_that_fails_says_why_and_where_the_log_is(runs: Path, tmp_path: Path) -> None:

@@ -115,8 +115,8 @@ def test_the_weights_that_memories_begin_with_are_trained_and_move_the_carried_s
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.name=transformer"], "model.name=transformer has no memory to carry, only a cache"),
-        (["model.name=hope_attention"], "has no memory to carry"),
+        (["model.name=transformer"], "model.name=transformer has no memory, only a cache"),
+        (["model.name=hope_attention"], "has no memory, only a cache"),
         (["continuum.drive=meta", "continuum.periods=[4, 16]", "continuum.rates=[1.0, 1.0]"], "continuum.drive=meta"),
     ],
 )

@@ -21,7 +21,9 @@ from nestling.jobs.config import config
 from nestling.jobs.doctor import doctor
 from nestling.jobs.evaluate import evaluate
 from nestling.jobs.export import export
+from nestling.jobs.forget import forget
 from nestling.jobs.generate import generate
+from nestling.jobs.learn import learn
 from nestling.jobs.level import level
 from nestling.jobs.levels import levels
 from nestling.jobs.memory import memory
@@ -73,6 +75,8 @@ for _verb in (
     resume,
     stream,
     status,
+    learn,
+    forget,
     adapt,
     evaluate,
     generate,

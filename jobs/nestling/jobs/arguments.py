@@ -29,6 +29,11 @@ RunDir = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="End standard output with one JSON object on one line.")]
 
+Fast = Annotated[
+    bool,
+    typer.Option("--fast/--no-fast", help="Begin with what `nestling learn --fast` has read, if there is anything."),
+]
+
 
 def runs_dir(overrides: list[str] | None) -> Path:
     """Where runs are kept; ConfigError for any key but run.dir."""
@@ -61,6 +66,13 @@ def job_for_reading(folder: RunFolder, changes: list[str]) -> JobConfig:
     if config.continuum.drive == "schedule" and set(given) - {"continuum.drive"}:
         raise ConfigError(f"{given[0]}: does nothing with continuum.drive=schedule; add continuum.drive=stream")
     return config
+
+
+def say_fast(read: list[str] | None) -> list[str] | None:
+    """Tells the person of the documents whose fast state is used, and returns them."""
+    if read:
+        say(f"every text begins with the fast state after reading {', '.join(read)}; --no-fast leaves it out")
+    return read
 
 
 def need_writable(folder: Path, given: str, fix: str) -> None:

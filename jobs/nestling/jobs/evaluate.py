@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nestling.config import EvaluationConfig
-from nestling.jobs.arguments import AsJson, Run, for_reading, job_for_reading, trained_run
+from nestling.jobs.arguments import AsJson, Fast, Run, for_reading, job_for_reading, say_fast, trained_run
 from nestling.jobs.output import FAILED, WRONG_USAGE, Stop, chatter_to, in_columns, say, verb
 
 Overrides = Annotated[
@@ -28,6 +28,7 @@ def evaluate(
     overrides: Overrides = None,
     data: Annotated[str | None, typer.Option(help="Another text than the run's own: a path or embedded:NAME.")] = None,
     tokens: Annotated[int | None, typer.Option(min=1, help="Most tokens to read.")] = None,
+    fast: Fast = True,
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Evaluate a trained model on held-out text."""
@@ -44,7 +45,8 @@ def evaluate(
     with chatter_to(folder.ray_log):
         from nestling.evaluation import evaluate as run_evaluation
 
-        result = run_evaluation(folder, source=data, tokens=tokens, column=column, continuum=continuum)
+        result = run_evaluation(folder, source=data, tokens=tokens, column=column, continuum=continuum, fast=fast)
+    say_fast(result["fast_state"])
     if not math.isfinite(result["heldout_loss"]) and result["levels_still_bits_per_byte"] is not None:
         raise Stop("the levels diverged while they read: lower continuum.rates", FAILED)
     if not as_json:

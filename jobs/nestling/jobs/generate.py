@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from nestling.jobs.arguments import AsJson, Run, for_reading, job_for_reading, trained_run
+from nestling.jobs.arguments import AsJson, Fast, Run, for_reading, job_for_reading, say_fast, trained_run
 from nestling.jobs.output import say, verb
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="The same seed gives the same text.")] = 0,
     temperature: Annotated[float, typer.Option(min=0, help="0 always takes the likeliest token.")] = 0.8,
     top_k: Annotated[int | None, typer.Option(min=1, help="Draw among so many likeliest tokens only.")] = None,
+    fast: Fast = True,
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Print the continuation of a prompt as it comes."""
@@ -41,15 +42,17 @@ def generate(
     import torch
 
     from nestling.checkpoint import load_final
+    from nestling.evaluation.reading import reading_model
     from nestling.models import sampling
-    from nestling.models.continuum import with_moving_levels
 
     torch.set_num_threads(1)  # a token is thousands of tiny operations: more threads only wait for each other
     model, tokenizer, _ = load_final(folder)
+    reader, kept = reading_model(folder, model, continuum, fast)
+    read = say_fast(kept.names if kept else None)
     ids = torch.tensor(tokenizer.encode(prompt).tolist() or [tokenizer.separator])
     stop = tokenizer.separator
     settings: dict[str, Any] = {"seed": seed, "temperature": temperature, "top_k": top_k, "stop": stop}
-    tokens = sampling.generate(with_moving_levels(model, continuum), ids, max_tokens, **settings)
+    tokens = sampling.generate(reader, ids, max_tokens, **settings)
     taken: list[int] = []
     pieces: list[str] = []
     start = time.perf_counter()
@@ -61,7 +64,13 @@ def generate(
     if not as_json:
         print()
         say(f"{len(taken)} tokens, {speed:,.0f} tokens/s", style="dim")
-    return {"run_id": folder.run_id, "text": "".join(pieces), "tokens": len(taken), "tokens_per_second": speed}
+    return {
+        "run_id": folder.run_id,
+        "text": "".join(pieces),
+        "tokens": len(taken),
+        "tokens_per_second": speed,
+        "fast_state": read,
+    }
 
 
 def _text(tokens: Iterator[int], tokenizer: Tokenizer, taken: list[int]) -> Iterator[str]:

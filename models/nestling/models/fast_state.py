@@ -48,13 +48,41 @@ def detached(state: Any) -> Any:
     return mapped(lambda _, leaf: leaf.detach() if isinstance(leaf, Tensor) else leaf, state)
 
 
-class Continuing(nn.Module):
-    """A model whose first rows go on from where other texts have left its state; the rows behind them begin anew.
+def beyond(state: Any, initial: Any) -> Any:
+    """What a state differs by from the initial one of as many rows: what was learnt in it.
 
-    A state is carried as its difference from the initial one, which training moves: what a memory has learnt is put on
-    top of the weights that it begins with now. So the gradient reaches those weights though the difference is cut off
-    from the graph that made it. Without that they would never be trained.
+    That is what is carried on: training moves the weights that memories begin with, and what they have learnt is put on
+    top of the present ones. So the gradient reaches those weights though the difference is cut off from its graph.
     """
+    begun = leaves(initial)
+    return mapped(lambda name, leaf: leaf - begun[name] if isinstance(begun.get(name), Tensor) else leaf, state)
+
+
+def on_top(initial: Any, carried: Any) -> Any:
+    """The state that differs from `initial` by what is `carried`: of its first rows; the others are as they were."""
+    begun = leaves(initial)
+    rows = len(next(leaf for leaf in begun.values() if isinstance(leaf, Tensor)))
+
+    def together(name: str, leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        rest = leaf.new_zeros(rows - len(leaf), *leaf.shape[1:])
+        return torch.cat([leaf, rest]) + begun.get(name, 0)
+
+    return mapped(together, carried)
+
+
+def filled(form: Any, tensors: Mapping[str, Tensor], numbers: Mapping[str, int]) -> Any:
+    """A state of the form of another one, with leaves from elsewhere; tensors may be flat."""
+
+    def leaf(name: str, old: Any) -> Any:
+        return tensors[name].view(old.shape).to(old.device) if isinstance(old, Tensor) else numbers[name]
+
+    return mapped(leaf, form)
+
+
+class Continuing(nn.Module):
+    """A model whose first rows go on from where other texts have left its state; the rows behind them begin anew."""
 
     def __init__(self, model: LanguageModel) -> None:
         super().__init__()
@@ -70,16 +98,30 @@ class Continuing(nn.Module):
         Args:
             carried: of n <= B rows; None: of none.
         """
-        state = self.model.initial_state(len(tokens))
-        initial = {name: leaf for name, leaf in leaves(state).items() if isinstance(leaf, Tensor)}
+        initial = self.model.initial_state(len(tokens))
+        logits, after = self.model(tokens, initial if carried is None else on_top(initial, carried))
+        return logits, beyond(after, initial)
 
-        def on_top(name: str, leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            rest = leaf.new_zeros(len(tokens) - len(leaf), *leaf.shape[1:])
-            return torch.cat([leaf, rest]) + initial.get(name, 0)
 
-        if carried is not None:
-            state = mapped(on_top, carried)
-        logits, after = self.model(tokens, state)
-        return logits, mapped(lambda name, leaf: leaf - initial[name] if name in initial else leaf, after)
+class Primed(nn.Module):
+    """A model under the same contract, `(logits, state) = primed(tokens, state)`, to which no text is the first: each
+    begins where an earlier one has left the state.
+
+    Args:
+        carried: what is `beyond` the initial state after that text, of one row.
+    """
+
+    def __init__(self, model: LanguageModel, carried: Any) -> None:
+        super().__init__()
+        self.model, self._carried = model, carried
+
+    def initial_state(self, batch: int) -> Any:
+        """The state before the first token, for `batch` rows."""
+        rows = mapped(
+            lambda _, leaf: leaf.expand(batch, *leaf.shape[1:]) if isinstance(leaf, Tensor) else leaf, self._carried
+        )
+        return on_top(self.model.initial_state(batch), rows)
+
+    def forward(self, tokens: Tensor, state: Any = None) -> tuple[Tensor, Any]:
+        """Logits (B, T, V) for tokens (B, T), and the state after them."""
+        return self.model(tokens, self.initial_state(len(tokens)) if state is None else state)

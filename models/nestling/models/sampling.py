@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nestling.models.continuum import Continuum
+from nestling.models.fast_state import Primed
 from nestling.models.skeleton import LanguageModel
 
 #: Tokens of the prompt read at once.
@@ -19,7 +20,7 @@ PREFILL = 1024
 
 
 def generate(
-    model: LanguageModel | Continuum,
+    model: LanguageModel | Continuum | Primed,
     prompt: Tensor,
     max_tokens: int,
     *,
@@ -50,7 +51,7 @@ def generate(
 
 
 def _tokens(
-    model: LanguageModel | Continuum,
+    model: LanguageModel | Continuum | Primed,
     prompt: Tensor,
     max_tokens: int,
     generator: torch.Generator,
@@ -70,7 +71,7 @@ def _tokens(
 
 
 @torch.inference_mode()
-def _step(model: LanguageModel | Continuum, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+def _step(model: LanguageModel | Continuum | Primed, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
     logits, state = model(tokens, state)
     return logits[0, -1].float().cpu(), state
 

@@ -54,6 +54,15 @@ def _need_layers(levels: list[LevelConfig], count: int) -> None:
             taken[layer] = place
 
 
+def need_memory(key: str, model: SkeletonConfig) -> None:
+    """Checks that a model leaves more of a text than a cache of its tokens; `key` is what asks for it."""
+    if isinstance(model, AttentionConfig):
+        raise ValueError(
+            f"{key}: was given, but model.name={model.name} has no memory, only a cache that grows with the text; "
+            "needs a recurrent model, such as hope or titans"
+        )
+
+
 @dataclass
 class RunConfig:
     """Name and place of a run."""
@@ -234,11 +243,7 @@ class JobConfig:
     def _check_carried_state(self) -> None:
         if not self.stream.carry_state:
             return
-        if isinstance(self.model, AttentionConfig):
-            raise ValueError(
-                f"stream.carry_state: got true, but model.name={self.model.name} has no memory to carry, only a cache "
-                "that grows with the text; needs a recurrent model, such as hope or titans"
-            )
+        need_memory("stream.carry_state", self.model)
         if self.continuum.drive == "meta":
             raise ValueError(
                 "stream.carry_state: got true, but continuum.drive=meta trains what levels move from at the beginning "

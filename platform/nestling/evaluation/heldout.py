@@ -24,11 +24,12 @@ from nestling.config import JobConfig
 from nestling.data import Corpus, Part
 from nestling.data.corpus import bits_per_byte
 from nestling.models.continuum import Continuum
+from nestling.models.fast_state import Primed
 from nestling.models.hope import mixers
 from nestling.models.skeleton import LanguageModel
 
-#: A model as `nestling.models.continuum.with_moving_levels` gives it.
-Reader = LanguageModel | Continuum
+#: A model as `nestling.evaluation.reading` gives it.
+Reader = LanguageModel | Continuum | Primed
 #: Sequences per forward pass.
 BATCH = 8
 #: Stretches of the sequence for which the loss is given.

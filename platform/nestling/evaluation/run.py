@@ -11,8 +11,8 @@ import torch
 from nestling.checkpoint import load_final
 from nestling.data import DataError, prepare
 from nestling.evaluation.heldout import heldout_report
+from nestling.evaluation.reading import reading_model
 from nestling.models.config import ContinuumConfig
-from nestling.models.continuum import with_moving_levels
 from nestling.tracking import RunFolder
 
 
@@ -22,6 +22,7 @@ def evaluate(
     tokens: int | None = None,
     column: str | None = None,
     continuum: ContinuumConfig | None = None,
+    fast: bool = False,
 ) -> dict[str, Any]:
     """Figures of `Report` and the run's id, on this machine and without Ray unless a new source must be read.
 
@@ -32,6 +33,8 @@ def evaluate(
             it is the evaluation of the run's end, and its figures replace `evaluation.json`.
         column: as `data.column`, for a `source`; None: that of the run.
         continuum: how levels move while the text is read; None: as in the run's job.
+        fast: whether every sequence begins with the fast state that `nestling learn --fast` has left, if there is one;
+            `fast_state` names its documents then, and is None otherwise.
 
     Raises:
         CheckpointError, DataError: what is missing, and how to fix it.
@@ -48,14 +51,15 @@ def evaluate(
     data = replace(data, tokenizer=str(folder.tokenizer))
     torch.set_num_threads(1)
     corpus = prepare(data, folder.path.parent / "cache")
-    report = heldout_report(
-        with_moving_levels(model, continuum or config.continuum),
-        corpus,
-        config,
-        tokens or config.evaluation.final_tokens,
-    )
+    reader, kept = reading_model(folder, model, continuum or config.continuum, fast)
+    report = heldout_report(reader, corpus, config, tokens or config.evaluation.final_tokens)
     read = data.source if data.mix is None else ", ".join(part.source for part in data.mix)
-    figures = {"run_id": folder.run_id, "source": read, **report.as_dict()}
-    if source is None and tokens is None and continuum is None:
+    figures = {
+        "run_id": folder.run_id,
+        "source": read,
+        **report.as_dict(),
+        "fast_state": kept.names if kept else None,
+    }
+    if source is None and tokens is None and continuum is None and kept is None:
         folder.evaluation.write_text(json.dumps(figures, indent=2) + "\n")
     return figures

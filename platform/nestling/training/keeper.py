@@ -128,6 +128,10 @@ class Keeper:
         self._heldout = {} if checkpoint.metric is None else {"heldout/loss": checkpoint.metric}
         return checkpoint.step
 
+    def note(self, **fields: Any) -> None:
+        """Write down in the lineage what has come to the checkpoint that was taken up."""
+        self._lineage[-1] |= fields
+
     def save_again(self) -> None:
         """Save the checkpoint that was taken up once more, because the position in the data is another one now."""
         self.save(self._heldout)

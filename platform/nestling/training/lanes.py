@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nestling.models.fast_state import leaves, mapped
+from nestling.models.fast_state import filled, leaves, mapped
 
 
 class Lanes:
@@ -67,14 +67,9 @@ class Lanes:
         device = next(model.parameters()).device
         # The form of a state is what the model makes of a token.
         _, form = model(torch.zeros(self._rows, 1, dtype=torch.int64, device=device))
-
-        def loaded(name: str, leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return numbers[name]
-            mine = tensors[name][rank * leaf.numel() : (rank + 1) * leaf.numel()]
-            return mine.view(leaf.shape).to(device)
-
-        self._state = mapped(loaded, form)
+        sizes = {name: leaf.numel() for name, leaf in leaves(form).items() if isinstance(leaf, Tensor)}
+        mine = {name: tensors[name][rank * size : (rank + 1) * size] for name, size in sizes.items()}
+        self._state = filled(form, mine, numbers)
 
 
 def _rows(state: Any, rows: slice) -> Any:

@@ -20,7 +20,8 @@ def rate_factor(step: int, training: TrainingConfig) -> float:
         start = max(start, end - (training.decay_steps or -(-end // 5)))
     if step <= start + 1:
         return 1.0
-    progress = (step - 1 - start) / max(end - start, 1)  # of the decay, before this step: no step has a rate of zero
+    # Of the decay, before this step: no step up to the end has a rate of zero. Beyond it, the rate stays.
+    progress = min((step - 1 - start) / max(end - start, 1), 1.0)
     if training.schedule == "cosine":
         return low + (1 - low) * (1 + math.cos(math.pi * progress)) / 2
     return low + (1 - low) * (1 - progress)

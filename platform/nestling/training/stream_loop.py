@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nestling.config import JobConfig
+from nestling.config.stream import StreamConfig
 from nestling.data.feed import IGNORED
 from nestling.data.streams import Batch, Opening, Position
 from nestling.evaluation.drift import PageHinkley
 from nestling.evaluation.prequential import Prequential
 from nestling.evaluation.probes import Probes
 from nestling.models.fast_state import Continuing
-from nestling.optim import EWC
+from nestling.optim import EWC, Levels
 from nestling.training.dark import DarkKnowledge
 from nestling.training.guard import Guard
 from nestling.training.lanes import Lanes
@@ -33,6 +34,13 @@ from nestling.training.schedule import rewarming
 
 #: How the names begin of the tensors that go on from batch to batch.
 FAST = "fast/"
+
+
+def hold(levels: Levels, stream: StreamConfig) -> None:
+    """Have all levels hold the weights that have mattered, if the job says so."""
+    if stream.ewc_strength:
+        for group in levels.param_groups:
+            group["ewc"] = EWC(stream.ewc_strength, stream.ewc_every, stream.ewc_decay)
 
 
 class StreamTraining(TrainingLoop):
@@ -77,9 +85,7 @@ class StreamTraining(TrainingLoop):
         vocabulary = config.model.vocab_size if stream.der_alpha else 0
         room = stream.replay_room(length, config.model.vocab_size)
         self.replay = Replay(stream.replay_share, room, length, config.seed, vocabulary)
-        if stream.ewc_strength:
-            for group in self.levels.param_groups:
-                group["ewc"] = EWC(stream.ewc_strength, stream.ewc_every, stream.ewc_decay)
+        hold(self.levels, stream)
         #: What goes on from batch to batch; None: every sequence begins anew.
         self.lanes = Lanes(config.training.batch_tokens // length // world) if stream.carry_state else None
         #: What else the snapshot says, kept by rank 0's worker.
