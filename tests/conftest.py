@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 
-# Both must be set before torch or Ray are imported, here and in the processes that Ray starts.
+# All must be set before torch or Ray are imported, here and in the processes that Ray starts.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["RAY_TRAIN_HEALTH_CHECK_INTERVAL_S"] = "0.2"
+os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # as where `nestling` starts a Ray: a process less for each run
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -76,6 +76,8 @@ def _init(cpus: int) -> None:
                 "or unset RAY_ADDRESS to run on this machine alone"
             ) from error
     else:
+        # Nobody announces the end of this machine, so no process of its own need ask for it at every start.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         there = max(os.cpu_count() or 1, cpus + SPARE_CPUS)
         ray.init(address="local", num_cpus=there, include_dashboard=False, logging_level=logging.WARNING)
 
