@@ -20,8 +20,8 @@ from pathlib import Path
 import torch
 from memory_ops import chip
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "jobs"))
-from test_faults import JOB, Run, events
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from tests.jobs.test_faults import JOB, Run, events
 
 LONG = [*JOB, "training.steps=2000"]
 AT = 45  # a step in the middle between two checkpoints

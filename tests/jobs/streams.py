@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from tests.jobs.in_process import result
 from tests.jobs.test_faults import Run
 
 STEPS = 60
@@ -26,11 +27,16 @@ JOB = [
 ]
 
 
-def begin(runs: Path, source: Path | str, *more: str, workers: int = 1, steps: int | None = STEPS) -> Run:
-    """A stream of its own; the last of a key's values counts."""
+def job(source: Path | str, *more: str, workers: int = 1, steps: int | None = STEPS) -> list[str]:
+    """Arguments of `nestling stream`; the last of a key's values counts."""
     limit = "null" if steps is None else steps
     places = [f"data.source={source}", f"training.workers={workers}", f"training.steps={limit}"]
-    return Run(runs, "stream", "jobs/five-domains.yaml", *JOB, *places, *more)
+    return ["jobs/five-domains.yaml", *JOB, *places, *more]
+
+
+def begin(runs: Path, source: Path | str, *more: str, workers: int = 1, steps: int | None = STEPS) -> Run:
+    """A stream of its own."""
+    return Run(runs, "stream", *job(source, *more, workers=workers, steps=steps))
 
 
 def resumed(runs: Path, folder: Path, *more: str) -> Run:
@@ -80,8 +86,8 @@ def outcome(folder: Path) -> dict[str, Any]:
 def verified(runs: Path, folder: Path) -> dict[str, Any]:
     """What `nestling stream --verify` says of a stream that has ended, which must be good; its page in MLflow, too."""
     run_id = json.loads((folder / "run.json").read_text())["run_id"]
-    code, found, said = Run(runs, "stream", "--verify", run_id).ended()
-    assert code == 0 and found["ok"], said
+    found = result(runs, "stream", "--verify", run_id)
+    assert found["ok"]
     once_in_mlflow(folder)
     return found
 

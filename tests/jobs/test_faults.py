@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from tests.jobs.in_process import result
 
 ROOT = Path(__file__).parents[2]
 STEPS = 90
@@ -120,10 +121,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(runs: Path) -> tuple[str, list[tuple[int, float]]]:
-    run = Run(runs, "train", "quickstart", *JOB)
-    code, summary, err = run.ended()
-    assert code == 0, err
+def undisturbed(ray_local: None, runs: Path) -> tuple[str, list[tuple[int, float]]]:
+    summary = result(runs, "train", "quickstart", *JOB)
     assert summary["checkpoint"].endswith("step-00000090") and Path(summary["checkpoint"]).is_dir()
     weights, losses = found = fingerprint(Path(summary["run_dir"]))
     assert [step for step, _ in losses] == list(range(1, STEPS + 1))
@@ -170,12 +169,8 @@ def test_kill_9_of_the_driver(runs: Path, undisturbed: Any) -> None:
     second = Run(runs, "resume", "latest").ended()
     assert second[0] == 2 and "being trained" in second[2]
     run.kill()
-    listed = subprocess.run(
-        [sys.executable, "-m", "nestling.jobs.app", "runs", f"run.dir={runs}", "--json"], capture_output=True
-    )
-    assert json.loads(listed.stdout)["runs"][-1]["status"] == "stopped"
-    code, summary, err = Run(runs, "resume", "latest").ended()
-    assert code == 0, err
+    assert result(runs, "runs")["runs"][-1]["status"] == "stopped"
+    summary = result(runs, "resume", "latest")
     assert summary["run_dir"] == str(folder) and summary["status"] == "finished"
     assert events(folder, "resumed")[-1]["step"] >= 40
     assert fingerprint(folder) == undisturbed
@@ -185,11 +180,7 @@ def test_kill_9_of_the_driver(runs: Path, undisturbed: Any) -> None:
 def test_ctrl_c_saves_and_the_run_goes_on(runs: Path, undisturbed: Any) -> None:
     summary, err = interrupted(runs, signal.SIGINT)
     assert f"nestling resume {summary['run_id']}" in err
-    evaluated = subprocess.run(
-        [sys.executable, "-m", "nestling.jobs.app", "evaluate", "latest", f"run.dir={runs}", "--json"],
-        capture_output=True,
-    )
-    assert json.loads(evaluated.stdout)["heldout_loss"] > 0  # from the checkpoint
+    assert result(runs, "evaluate", "latest")["heldout_loss"] > 0  # from the checkpoint
     code, resumed, err = Run(runs, "resume", summary["run_id"]).ended()
     assert code == 0, err
     assert f"training goes on from the checkpoint of step {summary['steps']}" in err

@@ -18,6 +18,7 @@ from typing import Any
 import psutil
 import pytest
 from tests.jobs import streams
+from tests.jobs.in_process import nestling, result
 from tests.jobs.streams import JOB, STEPS, head, in_mlflow, outcome, readers, resumed, truncate_newest, verified
 from tests.jobs.test_faults import Run, events
 
@@ -41,19 +42,23 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-def begin(runs: Path, texts: Path, *more: str, **settings: Any) -> Run:
+def job(texts: Path, *more: str, **settings: Any) -> list[str]:
     """A stream of two sources: what a.jsonl holds is to last, what b.jsonl holds may write one level only."""
     lasting, mood = f"source: {texts}/a.jsonl, name: lasting", f"source: {texts}/b.jsonl, name: mood, levels: [level1]"
-    return streams.begin(runs, texts, f"stream.sources=[{{{lasting}}}, {{{mood}}}]", *more, **settings)
+    return streams.job(texts, f"stream.sources=[{{{lasting}}}, {{{mood}}}]", *more, **settings)
+
+
+def begin(runs: Path, texts: Path, *more: str, **settings: Any) -> Run:
+    """The same in a process of its own."""
+    return Run(runs, "stream", *job(texts, *more, **settings))
 
 
 @pytest.fixture(scope="module")
-def whole(runs: Path, texts: Path) -> tuple[Path, dict[str, Any]]:
+def whole(ray_local: None, runs: Path, texts: Path) -> tuple[Path, dict[str, Any]]:
     """Folder and outcome of a stream that nothing happened to; the others have fewer snapshots."""
-    run = begin(runs, texts, "training.checkpoint_every=2", "checkpoint.keep=100")
-    folder = run.folder()
-    code, summary, said = run.ended()
-    assert code == 0 and summary["status"] == "finished" and summary["steps"] == STEPS, said
+    summary = result(runs, "stream", *job(texts, "training.checkpoint_every=2", "checkpoint.keep=100"))
+    assert summary["status"] == "finished" and summary["steps"] == STEPS
+    folder = Path(summary["run_dir"])
     found = outcome(folder)
     assert len(found["losses"]) == STEPS
     begun = f'"window_id": {summary["windows"]},'  # a window that the last step has left unfinished
@@ -148,8 +153,7 @@ def test_the_head_of_ray_is_killed(runs: Path, texts: Path, undisturbed: dict[st
     code, _, said = run.ended()
     assert code != 0, said
     psutil.wait_procs(workers, timeout=60)
-    code, _, said = resumed(runs, folder).ended()
-    assert code == 0, said
+    result(runs, "stream", "--resume", json.loads((folder / "run.json").read_text())["run_id"])
     assert outcome(folder) == undisturbed
     verified(runs, folder)
 
@@ -162,8 +166,7 @@ def test_without_the_accumulators_it_is_another_run(runs: Path, texts: Path, und
     folder = run.reaches(27)
     run.kill()
     zero_accumulators(Store(folder / "checkpoints"))
-    code, _, said = resumed(runs, folder).ended()
-    assert code == 0, said
+    result(runs, "stream", "--resume", json.loads((folder / "run.json").read_text())["run_id"])
     found = outcome(folder)
     assert found["weights"] != undisturbed["weights"] and found["losses"] != undisturbed["losses"]
     assert max(abs(a[1] - b[1]) for a, b in zip(found["losses"], undisturbed["losses"], strict=True)) < 0.1
@@ -203,13 +206,11 @@ def test_two_workers_learn_the_same_batches(runs: Path, texts: Path, undisturbed
         assert two[1] == pytest.approx(one[1], rel=1e-5)
 
 
-def test_too_many_broken_records_stop_the_stream(runs: Path, texts: Path) -> None:
-    run = begin(runs, texts, "stream.dead_share=0.01", "stream.window_bytes=20000")
-    folder = run.folder()
-    code, summary, said = run.ended()
+def test_too_many_broken_records_stop_the_stream(ray_local: None, runs: Path, texts: Path) -> None:
+    code, summary, said = nestling(runs, "stream", *job(texts, "stream.dead_share=0.01", "stream.window_bytes=20000"))
     assert code == 1 and summary["status"] == "failed"
     assert "records are broken, more than stream.dead_share=0.01 allows; the first stands in" in said
-    assert not (folder / "log.jsonl").read_text()
+    assert not (Path(summary["run_dir"]) / "log.jsonl").read_text()
 
 
 SOURCE = """

@@ -1,4 +1,7 @@
-"""`train`, `evaluate` and `generate` as a person runs them, on a model that trains in seconds."""
+"""`train`, `evaluate` and `generate` as a person runs them, on a model that trains in seconds.
+
+Each in a process of its own once, otherwise in this one.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.jobs.in_process import nestling, result
 
 ROOT = Path(__file__).parents[2]
 TINY = [
@@ -75,83 +79,66 @@ def test_a_part_of_an_evaluation_leaves_its_record_alone(runs: Path, trained: di
     record = Path(trained["run_dir"]) / "evaluation.json"
     before = record.read_text()
     for part in (("--tokens", "128"), ("evaluation.final_tokens=128",)):
-        ended = subprocess.run(**command(runs, "evaluate", trained["run_id"], *part, "--json"))
-        assert ended.returncode == 0, ended.stderr
-        assert json.loads(ended.stdout)["tokens"] == 128
+        assert result(runs, "evaluate", trained["run_id"], *part)["tokens"] == 128
     assert record.read_text() == before
 
 
 def test_generate(runs: Path, trained: dict[str, Any]) -> None:
     arguments = ("generate", "latest", "--prompt", "The ", "--max-tokens", "12", "--seed", "3")
-    found = json.loads(subprocess.run(**command(runs, *arguments, "--json")).stdout)
+    found = result(runs, *arguments)
     assert found.keys() == {"run_id", "text", "tokens", "tokens_per_second", "fast_state"}
     assert found["run_id"] == trained["run_id"] and 0 < found["tokens"] <= 12
-    assert json.loads(subprocess.run(**command(runs, *arguments, "--json")).stdout)["text"] == found["text"]
+    assert result(runs, *arguments)["text"] == found["text"]
     ended = subprocess.run(**command(runs, *arguments))
     assert ended.returncode == 0
     assert len(ended.stdout) == len(found["text"]) + 1  # control characters are shown as pictures
 
 
-def test_levels_that_move_while_reading(runs: Path) -> None:
+def test_levels_that_move_while_reading(ray_local: None, runs: Path) -> None:
     """Trained through their moves, evaluated and sampled with them; a verb can also have the levels still."""
     moving = ("continuum.drive=meta", "continuum.periods=[8]", "continuum.rates=[1.0]", "run.name=moving")
-    ended = subprocess.run(**command(runs, "train", "quickstart", *TINY, *moving, "training.steps=4", "--json"))
-    assert ended.returncode == 0, ended.stderr
-
-    def evaluated(*overrides: str) -> dict[str, Any]:
-        told = subprocess.run(**command(runs, "evaluate", "moving", *overrides, "--json"))
-        assert told.returncode == 0, told.stderr
-        return json.loads(told.stdout)
-
-    found, still = evaluated(), evaluated("continuum.drive=schedule")
-    assert found["heldout_bits_per_byte"] == pytest.approx(json.loads(ended.stdout)["heldout_bits_per_byte"], rel=1e-4)
+    summary = result(runs, "train", "quickstart", *TINY, *moving, "training.steps=4")
+    found = result(runs, "evaluate", "moving")
+    still = result(runs, "evaluate", "moving", "continuum.drive=schedule")
+    assert found["heldout_bits_per_byte"] == pytest.approx(summary["heldout_bits_per_byte"], rel=1e-4)
     assert found["levels_moving_bits_per_byte"] == pytest.approx(found["heldout_bits_per_byte"])
     assert found["levels_still_bits_per_byte"] == pytest.approx(still["heldout_bits_per_byte"], rel=1e-6)
     assert found["heldout_loss"] != pytest.approx(still["heldout_loss"], rel=1e-5)
     assert still["levels_still_bits_per_byte"] is None
-    sample = ("generate", "moving", "--prompt", "The quick brown fox", "--max-tokens", "40", "--json")
-    texts = [subprocess.run(**command(runs, *sample, *rates)) for rates in ((), ("continuum.rates=[0.0]",))]
-    assert all(text.returncode == 0 for text in texts), texts[0].stderr
-    assert len({json.loads(text.stdout)["text"] for text in texts}) == 2
-    wild = subprocess.run(**command(runs, "evaluate", "moving", "continuum.rates=[1.0e+30]", "--json"))
-    assert wild.returncode == 1 and "the levels diverged while they read: lower continuum.rates" in wild.stderr
-    wrong = subprocess.run(**command(runs, "generate", "moving", "--prompt", "", "continuum.rate=[1.0]", "--json"))
-    assert wrong.returncode == 2 and "the nearest known one is continuum.rates" in wrong.stderr
+    sample = ("generate", "moving", "--prompt", "The quick brown fox", "--max-tokens", "40")
+    assert len({result(runs, *sample, *rates)["text"] for rates in ((), ("continuum.rates=[0.0]",))}) == 2
+    code, _, said = nestling(runs, "evaluate", "moving", "continuum.rates=[1.0e+30]")
+    assert code == 1 and "the levels diverged while they read: lower continuum.rates" in said
+    code, _, said = nestling(runs, "generate", "moving", "--prompt", "", "continuum.rate=[1.0]")
+    assert code == 2 and "the nearest known one is continuum.rates" in said
 
 
 def test_a_training_learns_a_document(runs: Path, trained: dict[str, Any], tmp_path: Path) -> None:
     """It has no probes: what shows what became of the old is its held-out text."""
     document, run_id, folder = tmp_path / "text", trained["run_id"], Path(trained["run_dir"])
     document.write_text("one, two, three, four, five, six, seven. " * 10)
-
-    def told(*arguments: str) -> dict[str, Any]:
-        ended = subprocess.run(**command(runs, *arguments, "--json"))
-        assert ended.returncode == 0, ended.stderr
-        return json.loads(ended.stdout)
-
     weights = (folder / "model.safetensors").read_bytes()
-    plain = told("evaluate", run_id)["heldout_loss"]
-    read = told("learn", run_id, str(document), "--fast")
-    primed = told("evaluate", run_id)
+    plain = result(runs, "evaluate", run_id)["heldout_loss"]
+    read = result(runs, "learn", run_id, str(document), "--fast")
+    primed = result(runs, "evaluate", run_id)
     assert primed["fast_state"] == [str(document)] and primed["heldout_loss"] != plain
-    assert told("evaluate", run_id, "--no-fast")["heldout_loss"] == plain
+    assert result(runs, "evaluate", run_id, "--no-fast")["heldout_loss"] == plain
     assert (folder / "model.safetensors").read_bytes() == weights
-    learnt = told("learn", run_id, str(document))
+    learnt = result(runs, "learn", run_id, str(document))
     assert learnt["probes"].keys() == read["probes"].keys() == {"held-out"}
     (found,) = learnt["documents"]
     assert found["after"] < found["before"] and learnt["steps"] == 16
-    assert told("runs")["runs"][0]["steps"] == 4 + 16
+    assert result(runs, "runs")["runs"][0]["steps"] == 4 + 16
     assert (folder / "model.safetensors").read_bytes() != weights
-    told("resume", run_id, "training.steps=22")
+    result(runs, "resume", run_id, "training.steps=22")
 
 
-def test_a_training_that_fails_says_why_and_where_the_log_is(runs: Path, tmp_path: Path) -> None:
+def test_a_training_that_fails_says_why_and_where_the_log_is(ray_local: None, runs: Path, tmp_path: Path) -> None:
     (tmp_path / "text").write_text("too little\n")
-    ended = subprocess.run(**command(runs, "train", "quickstart", f"data.source={tmp_path}/text", "--json"))
-    assert ended.returncode == 1
-    assert "Traceback" not in ended.stderr
-    found = json.loads(ended.stdout)
+    code, found, said = nestling(runs, "train", "quickstart", f"data.source={tmp_path}/text")
+    assert code == 1
+    assert "Traceback" not in said
     log = Path(found["run_dir"]) / "ray.log"
-    assert found["status"] == "failed" and str(log) in ended.stderr
-    assert found["error"] in ended.stderr
+    assert found["status"] == "failed" and str(log) in said
+    assert found["error"] in said
     assert "Traceback" in log.read_text()
