@@ -6,12 +6,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
-# Processes for the tests that are not slow; slow ones start clusters of their own and run one after another.
+# Processes for the tests; the tests of a file stay in one, because they share what is slow to make.
 TEST_WORKERS ?= 2
 
 ROOMS := platform models tuning jobs
 BIN := $(VENV)/bin
-QUICK = $(BIN)/python -m pytest -m "not slow" -n $(TEST_WORKERS) --dist loadfile
+TESTS = $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := pip setuptools hatchling editables
 
@@ -26,14 +26,14 @@ quickstart: install
 # With PYTEST_ARGS, one call of pytest with these and nothing else.
 test: lint
 ifeq ($(strip $(PYTEST_ARGS)),)
-	$(QUICK)
-	$(BIN)/python -m pytest -m slow
+	$(TESTS) -m "not slow"
+	$(TESTS) -m slow --no-loadscope-reorder
 else
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 endif
 
 test-quick: lint
-	$(QUICK)
+	$(TESTS) -m "not slow"
 
 lint: install-dev
 	$(BIN)/ruff check .
