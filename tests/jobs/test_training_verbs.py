@@ -124,7 +124,9 @@ def test_a_training_learns_a_document(runs: Path, trained: dict[str, Any], tmp_p
     assert primed["fast_state"] == [str(document)] and primed["heldout_loss"] != plain
     assert result(runs, "evaluate", run_id, "--no-fast")["heldout_loss"] == plain
     assert (folder / "model.safetensors").read_bytes() == weights
-    learnt = result(runs, "learn", run_id, str(document))
+    ended = subprocess.run(**command(runs, "learn", run_id, str(document), "--json"))  # a process group of its own
+    assert ended.returncode == 0, ended.stderr
+    learnt = json.loads(ended.stdout)
     assert learnt["probes"].keys() == read["probes"].keys() == {"held-out"}
     (found,) = learnt["documents"]
     assert found["after"] < found["before"] and learnt["steps"] == 16
