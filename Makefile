@@ -8,6 +8,8 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 # Processes for the tests; the tests of a file stay in one, because they share what is slow to make.
 TEST_WORKERS ?= 2
+MINUTES ?= 30
+SEED ?=
 
 ROOMS := platform models tuning jobs
 BIN := $(VENV)/bin
@@ -16,7 +18,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := pip setuptools hatchling editables
 
 .DELETE_ON_ERROR:
-.PHONY: quickstart test test-quick lint install install-dev constraints clean
+.PHONY: quickstart test test-quick soak lint install install-dev constraints clean
 
 quickstart: install
 	$(BIN)/nestling train jobs/quickstart.yaml
@@ -34,6 +36,10 @@ endif
 
 test-quick: lint
 	$(TESTS) -m "not slow"
+
+# A stream that is disturbed at random and must lose nothing; MINUTES is the time until the last fault, SEED repeats one.
+soak: install-dev
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
 
 lint: install-dev
 	$(BIN)/ruff check .

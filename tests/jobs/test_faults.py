@@ -57,8 +57,8 @@ class Run:
         (path,) = set(self.runs.glob("*/run.json")) - self.before
         return path.parent
 
-    def until(self, holds: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
+    def until(self, holds: Callable[[], bool], patience: float = 120) -> None:
+        deadline = time.monotonic() + patience
         while not holds():
             assert time.monotonic() < deadline and self.process.poll() is None, self.ended()
             time.sleep(0.02)
