@@ -13,6 +13,7 @@ from nestling.data.streams import Record
 from nestling.data.streams.five_domains import ORDER
 from nestling.models.parameters import parameter_count
 from nestling.tuning.reproductions import Outcome, Trial, experiment
+from nestling.tuning.reproductions.engine import chosen
 from nestling.tuning.reproductions.five_domains import TRANSFORMER
 from nestling.tuning.reproductions.frontier import by_arm, differences, interval, table
 from nestling.tuning.reproductions.split_digits import METRICS as DIGITS_METRICS
@@ -48,6 +49,8 @@ def test_figures_of_a_matrix_by_hand() -> None:
         },
         abs=1e-12,
     )
+    unlearnt = figures([row[:2] + [9.0] for row in LOSSES[:1]] + [row[:2] + [9.5] for row in LOSSES[1:]], in_order=True)
+    assert SHARE not in unlearnt and unlearnt[FORGETTING] == pytest.approx(1.25)
     assert figures(LOSSES, in_order=False) == pytest.approx({FINAL: 11.5 / 3, WORST: 5.0}, abs=1e-12)
 
 
@@ -66,6 +69,17 @@ def test_intervals_and_paired_differences_by_hand() -> None:
     assert differences(found, "a") == {"b": {0: 0.5, 1: 2.0}, "c": {0: 8.0}}
     shown = table({"score": found, "minus a": differences(found, "a")})
     assert "| c | 9 | 8 |" in shown and "| a | 1.50 ± 6.35 |  |" in shown
+
+
+def test_only_the_chosen_rate_goes_into_table_and_picture() -> None:
+    arm = next(arm for arm in experiment("five-domains").arms if len(arm.candidates) > 1)
+    slow, fast, *_ = arm.candidates
+    results = [(fast, 1, None), (slow, 0, -5.0), (fast, 0, -4.0)]
+    ended = [
+        Trial(arm.task, arm.model, label, seed, 1.0, Outcome({LEARN: float(seed)}, validation=validation))
+        for label, seed, validation in results
+    ]
+    assert [(trial.candidate, trial.seed) for trial in chosen(arm, ended)] == [(fast, 0), (fast, 1)]
 
 
 def records() -> list[Record]:

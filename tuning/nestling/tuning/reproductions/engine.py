@@ -86,6 +86,12 @@ def of_arm(arm: Arm, ended: Sequence[Trial | Failure]) -> Iterator[Trial]:
             yield trial
 
 
+def chosen(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Trial]:
+    """The trials of the arm's best candidate that did not fail, by seed."""
+    best = best_candidate(arm, ended)
+    return sorted((trial for trial in of_arm(arm, ended) if trial.candidate == best), key=lambda trial: trial.seed)
+
+
 def _trial(work: Work, seed: int) -> tuple[Outcome, float]:
     """What a Ray worker does."""
     import torch

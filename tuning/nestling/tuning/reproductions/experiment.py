@@ -80,8 +80,8 @@ class Experiment:
         arms: in the order of the table.
         seeds: trials of each arm unless the person says otherwise.
         notes: what a reader of the table must know, a sentence or two each.
-        draw: draws the outcomes into a picture file; None: bars of the table's values.
-        tabulate: the outcomes as the Markdown that the page shows; None: a line for each arm and metric.
+        draw: draws the table's trials, in the order of the arms, into a picture file; None: bars of its values.
+        tabulate: the same trials as the Markdown that the page shows; None: a line for each arm and metric.
     """
 
     name: str

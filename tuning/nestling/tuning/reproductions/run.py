@@ -20,7 +20,7 @@ from pathlib import Path
 from nestling.cluster import connected
 from nestling.tracking import RunFolder, TrackedRun, finish, start
 from nestling.tracking.client import connect, reason
-from nestling.tuning.reproductions.engine import Failure, Progress, of_arm, run_trials
+from nestling.tuning.reproductions.engine import Failure, Progress, chosen, run_trials
 from nestling.tuning.reproductions.experiment import Experiment, Trial
 from nestling.tuning.reproductions.figure import bars
 from nestling.tuning.reproductions.table import Row, markdown, rows
@@ -153,7 +153,7 @@ def _write(
     """The table, the figure and the numbers, by suffix."""
     files = {suffix: folder / f"reproduce-{experiment.name}{suffix}" for suffix in (".md", ".png", ".json")}
     setting = f"{'seed 0' if seeds == 1 else f'seeds 0 to {seeds - 1}'}, {seconds / 60:.1f} minutes on {_machine()}"
-    trials = [trial for arm in experiment.arms for trial in sorted(of_arm(arm, ended), key=lambda trial: trial.seed)]
+    trials = [trial for arm in experiment.arms for trial in chosen(arm, ended)]
     files[".md"].write_text(markdown(experiment, made, command, setting, trials), encoding="utf-8")
     numbers = {"name": experiment.name, "command": command, "seconds": round(seconds, 1), "machine": _machine()}
     files[".json"].write_text(json.dumps(numbers | {"rows": made}, indent=1) + "\n", encoding="utf-8")

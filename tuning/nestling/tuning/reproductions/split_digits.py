@@ -155,7 +155,11 @@ METHODS: tuple[tuple[str, Mapping[str, SplitDigits], tuple[float, ...]], ...] = 
     ("naive", {"": SplitDigits()}, (19.6, -99.4)),
     ("a quarter of the rate", {"": SplitDigits(rate=RATE / 4)}, (18.2, -98.7)),
     ("levels of periods 1, 4, 16", {"": SplitDigits(periods=(1, 4, 16))}, (19.6, -99.6)),
-    ("elastic weight consolidation", {f"{s:g}": SplitDigits(ewc_strength=s) for s in STRENGTHS}, (19.5, -99.4)),
+    (
+        "elastic weight consolidation",
+        {f"strength {s:g}": SplitDigits(ewc_strength=s) for s in STRENGTHS},
+        (19.5, -99.4),
+    ),
     ("replay of 100 images", {"": SplitDigits(replayed=100)}, (88.2, -13.0)),
     ("joint", {"": SplitDigits(joint=True)}, (94.9,)),
 )

@@ -143,8 +143,9 @@ def figures(matrix: retention.Matrix, in_order: bool) -> dict[str, float]:
             LEARN: retention.plasticity(matrix),
             FORGETTING: retention.forgetting_loss(matrix),
             BACKWARD: retention.backward_transfer_loss(matrix),
-            SHARE: 100 * retention.normalised_forgetting(matrix),
         }
+        if all(min(losses) < losses[0] for losses in zip(*matrix, strict=True)):  # of nothing learnt, there is no share
+            found[SHARE] = 100 * retention.normalised_forgetting(matrix)
     return found
 
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nestling.tuning.reproductions.engine import Failure, best_candidate, of_arm
+from nestling.tuning.reproductions.engine import Failure, best_candidate, chosen
 from nestling.tuning.reproductions.experiment import Arm, Experiment, Trial
 
 Row = dict[str, Any]
@@ -24,8 +24,7 @@ def rows(experiment: Experiment, ended: Sequence[Trial | Failure]) -> list[Row]:
 
 
 def _rows(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Row]:
-    chosen = best_candidate(arm, ended)
-    trials = [trial for trial in of_arm(arm, ended) if trial.candidate == chosen]
+    trials = chosen(arm, ended)
     made = []
     for metric in arm.metrics:
         values = [trial.outcome.metrics[metric] for trial in trials if metric in trial.outcome.metrics]
@@ -47,7 +46,7 @@ def _rows(arm: Arm, ended: Sequence[Trial | Failure]) -> list[Row]:
                 "unit": arm.units.get(metric, ""),
                 "lowest": min(values) if known else None,
                 "highest": max(values) if known else None,
-                "candidate": chosen if len(arm.candidates) > 1 else None,
+                "candidate": best_candidate(arm, ended) if len(arm.candidates) > 1 else None,
                 "seconds": round(statistics.mean(trial.seconds for trial in trials), 1) if trials else None,
             }
         )
