@@ -50,10 +50,10 @@ NOTES = (
     "prequential, of every byte before it is learnt from. Intransigence: L[5, 5] minus that of the family's joint run, "
     "in which no domain leaves; of earlier domains it would need joint runs of their own.",
     "The base rate is 8e-3 for all: of 2e-3, 4e-3 and 8e-3 the one with the lowest prequential loss of seed 0, for the "
-    "Transformer and for HOPE. Twice that rate lowers this loss once more, by 0.05 at most, and raises just learnt, "
-    "forgetting and final mean. One frequency has the best of three rates by the same loss, so compare it with several "
-    "frequencies at the same rate. Nothing else was tuned; the strength of EWC (1e4, every 50 steps) is the first that "
-    "was tried.",
+    "Transformer and for HOPE. Twice that rate lowers this loss once more, by about 0.05, and on average raises just "
+    "learnt, forgetting and final mean. One frequency has the best of three rates by the same loss, so compare it with "
+    "several frequencies at the same rate. Nothing else was tuned; the strength of EWC (1e4, every 50 steps) is the "
+    "first that was tried.",
     "5 % replay: one sequence of the past to twenty new ones. 100 % replay: one to one, so it computes twice as much. "
     "They draw from a uniform sample of the past: of 131 kB of text in 1 MiB, and of 524 kB in 4 MiB.",
     "Levels moving while reading: the probes are read with levels that take a step on what they have just read, every "
