@@ -36,8 +36,10 @@ from nestling.training.keeper import Keeper
 from nestling.training.loop import TrainingLoop
 from nestling.training.resume import job_of
 from nestling.training.run import TrainingError
-from nestling.training.schedule import rate_factor
 from nestling.training.stream_loop import hold
+
+#: Share of its peak learning rate with which a run learns documents at least: many schedules end at next to nothing.
+LEAST_RATE = 0.1
 
 
 @dataclass(frozen=True)
@@ -114,11 +116,6 @@ def learn_documents(folder: RunFolder, documents: Sequence[Document], passes: in
         training, store = Practice(config), run_store(config, folder)
         keeper = Keeper(training, store, None)
         first = _restored(keeper, folder)
-        if not rate_factor(first + 1, config.training):
-            raise TrainingError(
-                f"run {folder.run_id} has let its learning rate decay to 0, so it would learn nothing; give --fast to "
-                "read the documents in context"
-            )
         measure = _measure(folder, config, tokenizer, documents)
         before, length = measure(training.reader), config.data.sequence_length
         records = [record for document in documents for record in document.records]
@@ -183,6 +180,9 @@ class Practice(TrainingLoop):
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self._tensors = dict(tensors)
+
+    def _rate_factor(self) -> float:
+        return max(super()._rate_factor(), LEAST_RATE)
 
 
 #: Losses of documents and of what was known before.
