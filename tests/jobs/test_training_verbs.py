@@ -113,7 +113,7 @@ def test_levels_that_move_while_reading(ray_local: None, runs: Path) -> None:
     assert code == 2 and "the nearest known one is continuum.rates" in said
 
 
-def test_a_training_learns_a_document(runs: Path, trained: dict[str, Any], tmp_path: Path) -> None:
+def test_a_training_learns_a_document(ray_local: None, runs: Path, trained: dict[str, Any], tmp_path: Path) -> None:
     """It has no probes: what shows what became of the old is its held-out text."""
     document, run_id, folder = tmp_path / "text", trained["run_id"], Path(trained["run_dir"])
     document.write_text("one, two, three, four, five, six, seven. " * 10)
