@@ -21,6 +21,7 @@ from nestling.checkpoint import OpenCheckpoint, Store, grown
 from nestling.config import from_yaml
 from nestling.jobs.app import app
 from nestling.models import build
+from nestling.tracking.files import read_json
 
 STEPS = 120
 
@@ -56,16 +57,29 @@ def end_of(runs: Path, folder: Path) -> dict[str, Any]:
     return outcome(folder)
 
 
-def test_levels_change_while_a_stream_runs(tmp_path: Path, texts: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_levels_change_while_a_stream_runs(
+    tmp_path: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("NESTLING_RUNS", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    run = begin(tmp_path, texts, "checkpoint.keep=99", steps=STEPS)
+    source = tmp_path_factory.mktemp("source")
+
+    def grow(part: slice) -> None:
+        for file in texts.iterdir():
+            with (source / file.name).open("a") as growing:
+                growing.writelines(file.read_text().splitlines(keepends=True)[part])
+
+    grow(slice(20))  # the stream waits behind that, until both changes are asked for
+    run = begin(tmp_path, source, "checkpoint.keep=99", "stream.close_after=0.5", steps=STEPS)
     folder = run.reaches(12)
+    size = sum(file.stat().st_size for file in source.iterdir())
+    run.until(lambda: sum(read_json(folder / "position.json")["offsets"].values()) == size)
     run_id = json.loads((folder / "run.json").read_text())["run_id"]
     added = call("level", "add", run_id, "--period", 4, "--width", 16)
     assert (added["level"], added["taken_up"]) == ("level3", False)
     changed = call("level", "period", run_id, "level1", 9)
     assert (changed["period_before"], changed["taken_up"]) == (7, False)
+    grow(slice(20, None))
     refused = CliRunner().invoke(app, ["snapshot", "restore", run_id, "--step", "10"])
     assert refused.exit_code == 2 and "is being trained by process" in refused.output
     run.until(lambda: len(events(folder, "resumed")) == 1)

@@ -180,9 +180,9 @@ def learn(rank, world, place, jobs):
         assert not keeper.close()
     for label, store in {"resumed": f"zero2{world}", "forgetful": f"zero2{world}", "taken over": "zero22"}.items():
         training = training_of("zero2")
-        if label == "forgetful":
-            training.lanes.load = lambda *_: None
         assert Keeper(training, Store(Path(place, store)), None).restore() == SAVED
+        if label == "forgetful":
+            training.lanes.load(training.engine.module, rank, {}, {})
         results[label] = losses(training)
     if rank == 0:
         torch.save(results, Path(place, f"results{world}"))

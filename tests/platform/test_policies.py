@@ -106,3 +106,29 @@ def test_every_stage_gives_the_same_losses(results):
     first, *others = [[loss for window in results[0][stage] for loss in window["losses"]] for stage in range(4)]
     for losses in others:
         assert losses == pytest.approx(first, rel=1e-5)
+
+
+def reading(rank, place, text):
+    """Weights after two windows of a lasting source, which do not depend on what was only read between them."""
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{place}/alone", rank=0, world_size=1)
+    from nestling.training.state import engine_pieces
+    from nestling.training.stream_loop import StreamTraining
+
+    found = []
+    for other in (100, 200):
+        training = StreamTraining(from_yaml(text), torch.device("cpu"), 0, 1)
+        for source, first in (("lasting", 0), ("read", other), ("lasting", 10)):
+            training.open(source)
+            for number in range(first, first + 3):
+                training.learn(batch(number))
+        found.append(b"".join(piece.data.numpy().tobytes() for piece in engine_pieces(training.engine)))
+    torch.save(found, Path(place, "read"))
+
+
+def test_what_is_only_read_does_not_reach_what_others_learn_by_the_carried_state(tmp_path):
+    config = load("five-domains", [*JOB, "stream.carry_state=true"], streamed=True)
+    mp.spawn(reading, (str(tmp_path), to_yaml(config)), nprocs=1)
+    one, other = torch.load(tmp_path / "read")
+    assert one == other

@@ -117,6 +117,8 @@ class LevelConfig:
         need(where, self, "a finite value above 0", positive, "learning_rate")
         if self.name is not None:
             need_name(f"{where}.name", self.name)
+        if self.name == "base":
+            raise ValueError(f"{where}.name: got base, which is what is in no level; give the level another name")
         given = [name for name in ("width", "layers", "parameters") if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(

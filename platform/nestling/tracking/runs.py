@@ -220,6 +220,15 @@ class RunFolder:
         lines = self.log.read_text(encoding="utf-8").splitlines(keepends=True)
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def cut_log(self, step: int) -> None:
+        """Take the records of later steps out of the log, all at once; nobody may be writing to it."""
+        draft = self.log.with_suffix(".jsonl.tmp")
+        with self.log.open("rb") as old, draft.open("wb") as new:
+            new.writelines(line for line in old if json.loads(line)["step"] <= step)
+            new.flush()
+            os.fsync(new.fileno())
+        draft.replace(self.log)
+
     def last_values(self) -> dict[str, float]:
         """The last value of everything that the end of the log holds."""
         return {key: value for record in self._last_records() for key, value in record.items()}

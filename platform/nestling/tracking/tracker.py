@@ -7,7 +7,6 @@ MLflow gets a copy that only grows: a step that it was given stays as it is.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -65,13 +64,8 @@ class Tracker:
         self._write(lambda: self._rewind(step))
 
     def _rewind(self, step: int) -> None:
-        draft = self._folder.log.with_suffix(".jsonl.tmp")
-        with self._folder.log.open("rb") as old, draft.open("wb") as new:
-            new.writelines(line for line in old if json.loads(line)["step"] <= step)
-            new.flush()
-            os.fsync(new.fileno())
         self._log.close()
-        draft.replace(self._folder.log)
+        self._folder.cut_log(step)
         self._log = self._folder.log.open("ab", buffering=0)
 
     def event(self, kind: str, message: str, **fields: Any) -> None:

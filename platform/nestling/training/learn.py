@@ -131,6 +131,8 @@ def learn_documents(folder: RunFolder, documents: Sequence[Document], passes: in
             raise TrainingError(problem)
         after = measure(training.reader)
         saved = store.location(store.checkpoints()[0])
+        if folder.log.exists():
+            folder.cut_log(first)  # what stands behind that belongs to a history that was left
         names = ", ".join(document.name for document in documents)
         folder.event("checkpoint", f"step {training.done} saved to {saved}", step=training.done)
         folder.event(

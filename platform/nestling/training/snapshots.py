@@ -166,4 +166,10 @@ def _check_plan(folder: RunFolder, state: dict[str, Any]) -> None:
 def _with_levels(config: JobConfig, text: str) -> JobConfig:
     """The job with the levels of another text of it."""
     before = from_yaml(text)
-    return replace(config, levels=before.levels, model=before.model, continuum=before.continuum)
+    try:
+        return replace(config, levels=before.levels, model=before.model, continuum=before.continuum)
+    except ValueError as error:
+        raise ConfigError(
+            f"the snapshot has other levels than the run has now, and the rest of its job does not fit them: {error}; "
+            "go on with the run once, with that changed, and stop it again"
+        ) from error

@@ -78,6 +78,8 @@ class StreamTraining(TrainingLoop):
         self.detectors: dict[str, PageHinkley] = {}
         #: Alarms of the detector, and the step of the last one.
         self.drifts, self.drifted = 0, 0
+        #: Step of the last alarm that rates rise after: one that may not write every level raises none.
+        self.rewarmed = 0
         self.rollbacks = 0
         self.window_nats = self.window_bytes = 0.0
         stream, length = config.stream, config.data.sequence_length
@@ -86,8 +88,8 @@ class StreamTraining(TrainingLoop):
         room = stream.replay_room(length, config.model.vocab_size)
         self.replay = Replay(stream.replay_share, room, length, config.seed, vocabulary)
         hold(self.levels, stream)
-        #: What goes on from batch to batch; None: every sequence begins anew.
-        self.lanes = Lanes(config.training.batch_tokens // length // world) if stream.carry_state else None
+        #: What goes on from batch to batch, of each source by itself: a mood must not reach what others learn.
+        self._lanes: dict[str, Lanes] = {}
         #: What else the snapshot says, kept by rank 0's worker.
         self.files: dict[str, Any] = {}
         self._rows: tuple[np.ndarray, np.ndarray] | None = None
@@ -104,6 +106,17 @@ class StreamTraining(TrainingLoop):
         self.source = source
         allowed = self.config.stream.policies.get(source)
         self.levels.frozen = frozenset() if allowed is None else frozenset(self.levels.updates.keys() - set(allowed))
+
+    @property
+    def lanes(self) -> Lanes | None:
+        """What goes on from batch to batch of the present window's source; None: every sequence begins anew."""
+        if not self.config.stream.carry_state:
+            return None
+        return self._lanes_of(self.source if self.source in self.records else "")
+
+    def _lanes_of(self, source: str) -> Lanes:
+        rows = self.config.training.batch_tokens // self.config.data.sequence_length // self.world
+        return self._lanes.setdefault(source, Lanes(rows))
 
     @property
     def lasting(self) -> bool:
@@ -143,6 +156,8 @@ class StreamTraining(TrainingLoop):
         filled = float((batch.targets != IGNORED).mean())
         if size and self._detector(self.source).add(total / math.log(2) / size, filled):
             self.drifts, self.drifted = self.drifts + 1, self.done
+            if self.lasting:
+                self.rewarmed = self.done
         self.window_nats += total
         self.window_bytes += size
 
@@ -177,10 +192,10 @@ class StreamTraining(TrainingLoop):
                 "prequential": self.prequential.state(),
                 "probes": self.probes.state(),
                 "detectors": {source: detector.state() for source, detector in self.detectors.items()},
-                "drifts": [self.drifts, self.drifted],
+                "drifts": [self.drifts, self.drifted, self.rewarmed],
                 "rollbacks": self.rollbacks,
                 "replayed_from": self.replay.seen,
-                "fast": {} if self.lanes is None else self.lanes.numbers(),
+                "fast": {source: lanes.numbers() for source, lanes in self._lanes.items()},
                 "window": [self.window_nats, self.window_bytes],
                 "files": self.files,
             }
@@ -196,7 +211,7 @@ class StreamTraining(TrainingLoop):
         self.detectors = {}
         for source, kept in stream["detectors"].items():
             self._detector(source).load(kept)
-        self.drifts, self.drifted = stream["drifts"]
+        self.drifts, self.drifted, self.rewarmed = stream["drifts"]
         self.rollbacks = stream["rollbacks"]
         self._seen, self._numbers = stream["replayed_from"], stream["fast"]
         self.window_nats, self.window_bytes = stream["window"]
@@ -206,13 +221,19 @@ class StreamTraining(TrainingLoop):
         return self.replay.tensors()
 
     def shares(self) -> dict[str, Tensor]:
-        return {} if self.lanes is None else {FAST + name: mine for name, mine in self.lanes.tensors().items()}
+        return {
+            f"{FAST}{source}/{name}": mine
+            for source, lanes in self._lanes.items()
+            for name, mine in lanes.tensors().items()
+        }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self.replay.load(self._seen, tensors)
-        if self.lanes is not None:
-            fast = {name.removeprefix(FAST): tensor for name, tensor in tensors.items() if name.startswith(FAST)}
-            self.lanes.load(self.engine.module, self.rank, fast, self._numbers)
+        self._lanes = {}
+        for source, numbers in self._numbers.items() if self.config.stream.carry_state else ():
+            place = f"{FAST}{source}/"
+            fast = {name.removeprefix(place): tensor for name, tensor in tensors.items() if name.startswith(place)}
+            self._lanes_of(source).load(self.engine.module, self.rank, fast, numbers)
 
     def _trained(self) -> nn.Module:
         return super()._trained() if not self.config.stream.carry_state else Continuing(self.model)
@@ -241,7 +262,7 @@ class StreamTraining(TrainingLoop):
         return self._tokens / (self.world * self.engine.gradient_accumulation_steps())
 
     def _rate_factor(self) -> float:
-        since = self.done - self.drifted if self.drifted else math.inf
+        since = self.done - self.rewarmed if self.rewarmed else math.inf
         return super()._rate_factor() * rewarming(since, self.config.stream)
 
     def _penalty(self, logits: Tensor, targets: Tensor) -> Tensor | float:
