@@ -164,6 +164,7 @@ def test_without_that_change_the_keys_of_another_model_are_errors(job: Path) -> 
         ("training.device=gpu", "training.device: got 'gpu', needs one of auto, cpu, cuda"),
         ("levels=[{width: 8}, {width: a}]", "levels.1.width: got 'a', needs a whole number or null"),
         ("levels=3", "levels: got 3, needs a list, for example [{period: 1, width: 64}]"),
+        ("levels=[{width: 8, name: base}]", "levels.0.name: got base, which is what is in no level"),
         ("levels=[3]", "levels.0: got 3, needs a mapping with keys such as width, period, unit"),
         ("training=3", "training: got 3, needs a mapping with keys such as steps, batch_tokens, micro_batch"),
         ("levels.2.width=3", "levels.2.width: no such element, levels has 2 elements, counted from 0; give the whole"),

@@ -123,6 +123,14 @@ def test_new_records_and_events_are_passed_on_through_rewinds(tmp_path: Path) ->
     assert events == ["new"]
 
 
+def test_a_log_is_cut_behind_a_step(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path, "small")
+    folder.log.write_text("".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (2, 4, 6)))
+    folder.cut_log(4)
+    assert [record["step"] for record in folder.records()] == [2, 4]
+    assert not list(folder.path.glob("*.tmp"))
+
+
 def test_the_last_records_are_passed_on_before_the_end(tmp_path: Path) -> None:
     folder, seen = RunFolder.create(tmp_path, "a"), []
     with followed(folder, lambda record: seen.append(record["step"])):
