@@ -59,7 +59,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Trial:
-    """One outcome and where it came from; what `trials.jsonl` holds a line of."""
+    """One outcome and where it came from; what `trials.jsonl` holds a line of.
+
+    `seconds` are those that a core worked on it: on a busy machine they are fewer than those that passed.
+    """
 
     task: str
     model: str

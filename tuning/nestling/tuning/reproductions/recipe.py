@@ -16,6 +16,8 @@ class Recipe:
     steps: int = 1000
     #: Sequences in a batch.
     batch: int = 64
+    #: Tokens in a batch at least: of short sequences it takes more.
+    batch_tokens: int = 0
     #: Training examples, drawn once and gone through in epochs; None: new ones at each step.
     examples: int | None = None
     #: Peak learning rate.
@@ -35,8 +37,10 @@ class Recipe:
     periods: tuple[int, ...] = ()
     #: Steps from one look at the validation examples to the next.
     check_every: int = 100
-    #: Score on the validation examples (from 0 to 1) at which a stage, or the training, ends early; None: never.
+    #: Score on the validation examples (from 0 to 1) at which the training ends early; None: never.
     enough: float | None = None
+    #: Score on its own validation examples at which an easier stage is left early; None: never.
+    stage_enough: float | None = None
 
     def rate_factor(self, step: int) -> float:
         """Share of the peak learning rate at step `step`, counted from 1."""

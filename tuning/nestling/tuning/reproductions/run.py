@@ -152,7 +152,11 @@ def _write(
 ) -> dict[str, Path]:
     """The table, the figure and the numbers, by suffix."""
     files = {suffix: folder / f"reproduce-{experiment.name}{suffix}" for suffix in (".md", ".png", ".json")}
-    setting = f"{'seed 0' if seeds == 1 else f'seeds 0 to {seeds - 1}'}, {seconds / 60:.1f} minutes on {_machine()}"
+    worked = sum(trial.seconds for trial in ended if isinstance(trial, Trial))
+    setting = (
+        f"{'seed 0' if seeds == 1 else f'seeds 0 to {seeds - 1}'}, {seconds / 60:.1f} minutes on {_machine()}; its "
+        f"trials took {worked / 60:.1f} minutes of a core"
+    )
     trials = [trial for arm in experiment.arms for trial in chosen(arm, ended)]
     files[".md"].write_text(markdown(experiment, made, command, setting, trials), encoding="utf-8")
     numbers = {"name": experiment.name, "command": command, "seconds": round(seconds, 1), "machine": _machine()}

@@ -43,7 +43,7 @@ class Training:
         model: configuration of the model as `nestling.models.build` takes it, without `vocab_size`.
         recipe: how it is trained.
         stages: easier tasks before it, each for a number of steps out of the recipe's; same vocabulary. One that is
-            learnt as well as `recipe.enough` says is left early; learning rates go on as if it had not been.
+            learnt as well as `recipe.stage_enough` says is left early, and leaves the rest of its steps to the next.
         writes_off: also score with the memories' writes switched off.
     """
 
@@ -87,25 +87,25 @@ class _Run:
         """Train to the end; returns why it ended: "steps", "enough" or "diverged"."""
         recipe, stages = self.plan.recipe, self.plan.stages
         keep_every = -(-recipe.steps // CURVE_POINTS)
-        rest = recipe.steps - sum(steps for steps, _ in stages)
-        begin = 0
-        for number, (steps, task) in enumerate((*stages, (rest, self.plan.task))):
-            easier, validation = number < len(stages), self.validation
-            if easier and recipe.enough is not None:
-                validation = task.validation(generator(4 * self.seed + 2))
-            for step, batch in enumerate(self._batches(task, steps), begin + 1):
+        planned = sum(steps for steps, _ in stages)
+        end = 0
+        for number, (steps, task) in enumerate((*stages, (recipe.steps - planned, self.plan.task))):
+            easier, end = number < len(stages), end + steps
+            validation = task.validation(generator(4 * self.seed + 2)) if easier else self.validation
+            enough = recipe.stage_enough if easier else recipe.enough
+            rows = max(recipe.batch, recipe.batch_tokens // validation.inputs.shape[1])
+            for batch in self._batches(task, end - self.done, rows):
                 self.done += 1
-                loss = self._step(batch, recipe.rate_factor(step))
+                loss = self._step(batch, recipe.rate_factor(self.done))
                 if not math.isfinite(loss):
                     return "diverged"
-                if step % keep_every == 0 or step == recipe.steps:
-                    self.curve.append((step, loss))
-                if recipe.enough is not None and step % recipe.check_every == 0:
-                    if self._score(task, validation) >= recipe.enough:
+                if self.done % keep_every == 0 or self.done == recipe.steps:
+                    self.curve.append((self.done, loss))
+                if enough is not None and self.done % recipe.check_every == 0:
+                    if self._score(task, validation) >= enough:
                         if not easier:
                             return "enough"
                         break
-            begin += steps
         return "steps"
 
     def validate(self) -> float:
@@ -134,18 +134,18 @@ class _Run:
                 mixer.writes = True
         return found
 
-    def _batches(self, task: Task, steps: int) -> Iterator[Examples]:
-        """A batch for each step of a stage."""
+    def _batches(self, task: Task, steps: int, rows: int) -> Iterator[Examples]:
+        """A batch of so many rows for each step of a stage."""
         recipe = self.plan.recipe
         if recipe.examples is None:
             for _ in range(steps):
-                yield task.sample(recipe.batch, self.generator)
+                yield task.sample(rows, self.generator)
             return
         examples, order = task.sample(recipe.examples, self.generator), torch.empty(0, dtype=torch.int64)
         for _ in range(steps):
-            while len(order) < recipe.batch:
+            while len(order) < rows:
                 order = torch.cat([order, torch.randperm(len(examples.inputs), generator=self.generator)])
-            chosen, order = order[: recipe.batch], order[recipe.batch :]
+            chosen, order = order[:rows], order[rows:]
             yield Examples(*(part[chosen] for part in examples))
 
     def _step(self, batch: Examples, rate_factor: float) -> float:
