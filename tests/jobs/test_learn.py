@@ -81,6 +81,9 @@ def test_documents_are_read_forgotten_and_learnt_and_the_stream_goes_on(
     older = json.loads((Path(stream["checkpoint"]) / "state.json").read_text())
     assert state["stream"] == older["stream"] and state["updates"]["level1"] == older["updates"]["level1"] + 30
     assert [document["document"] for document in state["lineage"][-1]["learnt"]] == [str(one), str(two)]
+    stands, there = called("status", run_id)[1], state["stream"]["position"]
+    assert (stands["steps"], stands["levels"]["level1"]) == (learnt["step"], state["updates"]["level1"])
+    assert (stands["window"], stands["offsets"]) == (there["window"], there["offsets"])
     assert events(folder, "learnt")[0]["step"] == learnt["step"]
     code, other, said = called(*sample)
     assert other["fast_state"] is None and "which have moved on: it is not used" in said

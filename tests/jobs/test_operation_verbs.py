@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ from nestling.checkpoint import Piece, Saver, Store, load_final, run_store
 from nestling.config import JobConfig, RunConfig, from_yaml, to_yaml
 from nestling.config.schema import LevelConfig
 from nestling.data import Tokenizer
+from nestling.evaluation.prequential import Prequential
 from nestling.jobs.app import app
 from nestling.models import HopeConfig, build
 from nestling.tracking import RunFolder
+from nestling.tracking.files import replace_json
 
 
 @pytest.fixture
@@ -36,14 +39,16 @@ def folder(runs: Path) -> RunFolder:
     Tokenizer.bytes().save(folder.tokenizer)
     for step in (10, 20, 30):
         save(run_store(config, folder), step, config)
+        with folder.log.open("a") as log:
+            log.write(json.dumps({"step": step, "train/tokens_per_second": 100 + step}) + "\n")
     folder.update(status="interrupted", steps=30)
     return folder
 
 
-def save(store: Store, step: int, config: JobConfig) -> None:
+def save(store: Store, step: int, config: JobConfig, **more: Any) -> None:
     torch.manual_seed(step)
     pieces = [Piece(f"weight/{name}", 0, p.detach().flatten()) for name, p in build(config.model).named_parameters()]
-    state = {"step": step, "loss": 3.0, "lineage": [], "updates": {"level1": step // 2}, "optimizer": {}}
+    state = {"step": step, "loss": 3.0, "lineage": [], "updates": {"level1": step // 2}, "optimizer": {}, **more}
     saver = Saver(store, 0, 1, 5, 0, lambda *_: None, lambda _, reason: print(reason))
     saver.write(step, "token", pieces, {"state.json": json.dumps(state), "config.yaml": to_yaml(config)})
     saver.commit(metric=step / 10)
@@ -89,12 +94,33 @@ def test_a_training_goes_back_to_a_snapshot(folder: RunFolder) -> None:
     info = folder.info()
     assert (info["status"], info["steps"], info["tokens"], info["train_loss"]) == ("interrupted", 10, 40960, 3.0)
     assert (folder.path / "checkpoints/set-aside-1/step-00000030/manifest.json").exists()
-    assert result("status", "news")["snapshot"] == found["checkpoint"]
+    stands = result("status", "news")
+    assert (stands["snapshot"], stands["steps"], stands["tokens"]) == (found["checkpoint"], 10, 40960)
+    assert (stands["levels"], stands["tokens_per_second"]) == ({"level1": 5}, 110.0)
     # The levels are those of then, and so is the model.
     model, _, config = load_final(folder)
     assert [level.name for level in config.levels] == ["level1", "level2"]
     torch.manual_seed(10)
     assert torch.equal(model.head.weight, build(config.model).head.weight)  # type: ignore[union-attr]
+
+
+def test_status_of_a_stream_at_rest_is_what_it_goes_on_from(folder: RunFolder) -> None:
+    """Its log and position are ahead of the newest snapshot, as they are when the run was killed or taken back."""
+    config, position = from_yaml(folder.config.read_text()), {"window": 3, "offsets": {"0": 7}, "latest": {}}
+    prequential = Prequential(0.98)
+    prequential.add({"": 8 * math.log(2)}, {"": 2.0})
+    stream = {"position": position, "prequential": prequential.state(), "records": {"mood": 4}, "batches_done": 0}
+    save(run_store(config, folder), 15, config, stream=stream)
+    save(run_store(config, folder), 25, config, stream=stream | {"position": position | {"window": 4}})
+    replace_json(folder.position, {"window": 9, "offsets": {"0": 70}})
+    result("snapshot", "restore", "news", "--step", 25)
+    names = ("steps", "window", "offsets", "prequential_bits_per_byte", "tokens_per_second")
+    assert [result("status", "news")[name] for name in names] == [25, 4, {"0": 7}, 4.0, 120.0]
+    (folder.path / "checkpoints/step-00000025/state.json").write_text("{}")  # the one before it is taken
+    assert [result("status", "news")[name] for name in names] == [15, 3, {"0": 7}, 4.0, 110.0]
+    with folder.claim():  # a run that goes on says so itself
+        folder.update(status="running")
+        assert [result("status", "news")[name] for name in names] == [30, 9, {"0": 70}, None, 130.0]
 
 
 def test_a_level_is_added_and_all_verbs_follow(folder: RunFolder) -> None:
@@ -144,7 +170,8 @@ def test_wrong_usage_changes_nothing(folder: RunFolder, runs: Path, arguments: l
     ended = call(*arguments, "--json")
     assert ended.exit_code == 2 and message in json.loads(ended.stdout.splitlines()[-1])["error"], ended.output
     after = {path: path.read_bytes() for path in folder.path.rglob("*.*") if path.is_file()}
-    assert {path: text for path, text in after.items() if path.suffix not in (".lock", ".jsonl")} == before
+    new = {path for path in after.keys() - before.keys() if path.suffix in (".lock", ".jsonl")}
+    assert {path: text for path, text in after.items() if path not in new} == before
 
 
 def test_a_training_that_runs_is_left_alone(folder: RunFolder) -> None:

@@ -126,6 +126,8 @@ def test_levels_change_while_a_stream_runs(
     restored = call("snapshot", "restore", run_id, "--step", at)
     assert restored["set_aside"] == list(range(STEPS, at, -10))
     assert [level.name for level in from_yaml((folder / "config.yaml").read_text()).levels] == ["level1", "level2"]
+    stands = call("status", run_id)
+    assert (stands["steps"], stands["window"]) == (at, restored["window"])
     plain = end_of(tmp_path, folder)
     same = [a[1:2] == b[1:2] for a, b in zip(live["losses"], plain["losses"], strict=True)]
     assert all(same[: at + 1]) and not all(same[at + 1 :])  # the first loss after the change is by the same logits

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from contextlib import suppress
 from typing import Annotated, Any
 
 import typer
@@ -42,8 +44,16 @@ def status(
 
 
 def standing(folder: RunFolder) -> dict[str, Any]:
-    """The figures by name; None for what is not known."""
-    info, last, position = folder.info(), folder.last_values(), read_json(folder.position)
+    """The figures by name; None for what is not known. Of a run at rest they are those that it goes on with: a person
+    may have taken it back to a snapshot, or its log may be ahead of the last one."""
+    info, position, saved = folder.info(), read_json(folder.position), dict[str, float]()
+    if info.get("status") != "running":
+        from nestling.training import snapshots  # torch takes seconds
+
+        with suppress(OSError):  # a place of snapshots that does not answer leaves what the log says
+            saved, at = snapshots.standing(folder)
+            position = at or position
+    last = folder.last_values(saved.get("step", math.inf)) | saved
     events = folder.happened()
     drifts = {event["step"]: event["window"] for event in events if event["kind"] == "drift"}
     rollbacks = [event for event in events if event["kind"] == "rolled-back"]

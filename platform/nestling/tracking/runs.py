@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterable, Iterator
@@ -229,9 +230,10 @@ class RunFolder:
             os.fsync(new.fileno())
         draft.replace(self.log)
 
-    def last_values(self) -> dict[str, float]:
-        """The last value of everything that the end of the log holds."""
-        return {key: value for record in self._last_records() for key, value in record.items()}
+    def last_values(self, upto: float = math.inf) -> dict[str, float]:
+        """The last value of everything that the end of the log holds, of later steps than `upto` nothing."""
+        records = [record for record in self._last_records() if record["step"] <= upto]
+        return {key: value for record in records for key, value in record.items()}
 
     def _last_records(self) -> list[dict[str, float]]:
         """The records at the end of the log, which may be longer than anybody wants to read."""

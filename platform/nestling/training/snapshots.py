@@ -14,6 +14,7 @@ from typing import Any
 from nestling.checkpoint import Checkpoint, CheckpointError, Store, run_store
 from nestling.config import ConfigError, JobConfig, from_yaml, to_yaml
 from nestling.data.streams import WindowFolder
+from nestling.evaluation.prequential import Prequential
 from nestling.tracking import RunFolder
 from nestling.tracking.files import Locked
 from nestling.tracking.outbox import Outbox
@@ -67,6 +68,33 @@ def snapshots(folder: RunFolder) -> tuple[list[Snapshot], list[str]]:
     found = [_checked(store, checkpoint, checkpoint.step in pinned) for checkpoint in store.checkpoints()]
     still_there = {checkpoint.step for checkpoint in store.checkpoints()}  # a running run removes old ones
     return [snapshot for snapshot in found if snapshot.step in still_there], store.damaged()
+
+
+def standing(folder: RunFolder) -> tuple[dict[str, float], dict[str, Any]]:
+    """Where a run at rest goes on: figures of its newest snapshot under their names in the log, and, of a stream, where
+    it stands in its source. Both are empty if there is no snapshot; shards are not read.
+
+    Raises:
+        OSError: the place of the snapshots cannot be listed.
+    """
+    if not folder.config.exists():
+        return {}, {}
+    config = job_of(folder)
+    store = run_store(config, folder)
+    for checkpoint in store.checkpoints():
+        try:
+            state = json.loads(store.document(checkpoint, "state.json"))
+        except CheckpointError:  # the run goes on from the one before
+            continue
+        figures = {"step": state["step"], "train/tokens": state["step"] * config.training.batch_tokens}
+        figures |= {f"levels/{name}/updates": count for name, count in state["updates"].items()}
+        if "stream" not in state:
+            return figures, {}
+        stream, prequential = state["stream"], Prequential(config.stream.fading)
+        prequential.load(stream["prequential"])
+        figures |= {f"stream/records/{name}": count for name, count in stream["records"].items()}
+        return figures | prequential.metrics(), stream["position"]
+    return {}, {}
 
 
 def pin(folder: RunFolder, step: int | None = None, on: bool = True) -> Checkpoint:
