@@ -14,6 +14,7 @@ import torch
 from nestling.checkpoint import OpenCheckpoint, Store
 from nestling.config import ConfigError, JobConfig, RunConfig, from_yaml, load, to_yaml
 from nestling.config.schema import LevelConfig
+from nestling.config.stream import StreamConfig, StreamSourceConfig
 from nestling.data import Corpus, prepare
 from nestling.models import HopeAttentionConfig, HopeConfig, TransformerConfig
 from nestling.tracking import RunFolder
@@ -24,6 +25,11 @@ from nestling.training.resume import job_of
 def job(variant: str = "sequential", *levels: LevelConfig, **others: Any) -> JobConfig:
     model = HopeConfig(vocab_size=257, width=8, layers=2, heads=1, level_variant=variant)
     return JobConfig(model=model, levels=list(levels) or [LevelConfig(8, 2), LevelConfig(8, 8)], **others)
+
+
+def several(allowed: list[str] | None) -> StreamConfig:
+    """Two sources, the second of which may write some levels."""
+    return StreamConfig(sources=[StreamSourceConfig("a"), StreamSourceConfig("b", name="mood", levels=allowed)])
 
 
 def order(config: JobConfig) -> list[tuple[str | None, int]]:
@@ -41,8 +47,9 @@ def test_a_level_goes_where_its_period_belongs() -> None:
     patterns = job("sequential", LevelConfig(period=3, parameters=["embedding*"]), LevelConfig(8, 500, unit="tokens"))
     assert order(LevelChange("new", 2, 8).applied(patterns)) == [("level1", 3), ("level2", 500), ("new", 2)]
     assert order(LevelChange("new", 4, 8).applied(replace(job(), levels=[]))) == [("new", 4)]
-    nested = LevelChange("new", 16, 8).applied(job("nested"))
-    assert order(nested) == [("level1", 2), ("level2", 8), ("new", 16)]
+    for allowed in (None, [], ["base"]):
+        nested = LevelChange("new", 16, 8).applied(job("nested", stream=several(allowed)))
+        assert order(nested) == [("level1", 2), ("level2", 8), ("new", 16)]
 
 
 def test_another_period() -> None:
@@ -60,6 +67,11 @@ def test_another_period() -> None:
         (LevelChange("a b", 4, 8), job(), "levels.1.name: got 'a b', needs letters"),
         (LevelChange("new", 4, 8), job("independent"), "is independent, where one sum goes over all levels"),
         (LevelChange("new", 4, 8), job("nested"), "got 4, needs a multiple of the slowest level's"),
+        (
+            LevelChange("new", 16, 8),
+            job("nested", stream=several(["level1", "level2", "base"])),
+            "stream.sources.1.levels: names level1, level2, and with model.level_variant=nested mood may write all",
+        ),
         (LevelChange("new", 20, 8), job("nested"), "needs each period to be a multiple of the one before"),
         (LevelChange("level1", 3), job("nested"), "needs each period to be a multiple of the one before"),
         (

@@ -82,6 +82,8 @@ class LevelChange:
         level = LevelConfig(width=self.width, period=self.period, name=self.level)
         tokens = config.training.batch_tokens
         chain = [place for place, other in enumerate(config.levels) if other.width is not None]
+        if config.model.level_variant == "nested":  # type: ignore[attr-defined]
+            _check_chain_is_free(config, {str(config.levels[place].name) for place in chain})
         slower = [place for place in chain if _every(config.levels[place], tokens) > _every(level, tokens)]
         if slower and config.model.level_variant == "nested":  # type: ignore[attr-defined]
             raise ConfigError(
@@ -212,6 +214,17 @@ def _check_chain(config: JobConfig) -> None:
             f"continuum.drive: is {config.continuum.drive}, with a period and a rate for each of the levels that the "
             "run began with; levels can be added with continuum.drive=schedule"
         )
+
+
+def _check_chain_is_free(config: JobConfig, chain: set[str]) -> None:
+    """Whether no source's policy names the levels of a nested chain: of a longer one it would name some, not all."""
+    for place, (name, allowed) in enumerate(config.stream.policies.items()):
+        if named := chain & set(allowed or ()):
+            raise ConfigError(
+                f"stream.sources.{place}.levels: names {', '.join(sorted(named))}, and with model.level_variant=nested "
+                f"{name} may write all levels or none, so a level more would not fit; go on with the run once with "
+                f"stream.sources.{place}.levels=null (every level) or [] (none), then add the level"
+            )
 
 
 def _every(level: LevelConfig, tokens_per_step: int) -> int:
