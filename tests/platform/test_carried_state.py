@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
+from torch import Tensor
 
 from nestling.config import ConfigError, from_yaml, load, to_yaml
 from nestling.data import IGNORED, Tokenizer
 from nestling.data.streams.content import batches
 from nestling.data.streams.source import Record
 from nestling.models import build
-from nestling.models.fast_state import Continuing, leaves
+from nestling.models.fast_state import Continuing, leaves, mapped
 from nestling.training.lanes import Lanes
 
 LENGTH, ROWS = 8, 3
@@ -93,6 +94,24 @@ def test_a_carried_state_is_one_long_read(name):
     assert other.numbers() == lanes.numbers()
 
 
+def test_a_row_whose_state_diverges_begins_anew_and_no_other():
+    torch.manual_seed(0)
+    model = build({"name": "hope", "vocab_size": 257, "width": 16, "layers": 1, "heads": 2})
+    lanes, engine, readable = Lanes(3), Continuing(model), torch.ones(3, dtype=torch.bool)
+    assert lanes.mend(readable) == 0  # there is no state yet
+    lanes.begin()
+    lanes.read(engine, torch.randint(256, (3, 20)))
+    lanes.keep()
+    before = leaves(lanes._state)
+    assert lanes.mend(readable) == 0
+    name, third = "0.memory.weights.memory.0", torch.tensor([2])
+    lanes._state = mapped(lambda at, leaf: leaf.index_fill(0, third, math.inf) if at == name else leaf, lanes._state)
+    assert lanes.mend(torch.tensor([False, True, True])) == 2
+    for name, leaf in leaves(lanes._state).items():
+        if isinstance(leaf, Tensor):
+            assert not leaf[[0, 2]].any() and torch.equal(leaf[1], before[name][1]), name
+
+
 def test_the_weights_that_memories_begin_with_are_trained_and_move_the_carried_state():
     torch.manual_seed(0)
     model = build({"name": "hope", "vocab_size": 257, "width": 16, "layers": 1, "heads": 2, "dtype": "float64"})
@@ -137,7 +156,8 @@ VARIANTS = {
     "zero3": ["training.zero_stage=3"],
     "checkpointed": ["training.activation_checkpointing=true"],
 }
-SAVED = 5
+#: Steps after which a row is spoilt, and a snapshot is saved.
+SPOILT, SAVED = 2, 5
 
 
 def learn(rank, world, place, jobs):
@@ -161,10 +181,24 @@ def learn(rank, world, place, jobs):
     text = [batch for n in range(3) for batch in batches(records(n, 24), Tokenizer.bytes(), 32, 4, lanes=True)]
     assert len(text) > 2 * SAVED and (text[-1].targets == IGNORED).any()
 
+    def spoil(training):
+        """The memories of the second of four rows have grown so far that what they are used for overflows."""
+        row = 1 - rank * 4 // world
+        if row in range(4 // world):
+            here = torch.tensor([row])
+            training.lanes._state = mapped(
+                lambda _, leaf: leaf.index_fill(0, here, 1e38) if isinstance(leaf, Tensor) else leaf,
+                training.lanes._state,
+            )
+
     def losses(training, keeper=None):
         found = []
         for batch in text[training.done :]:
+            if training.done == SPOILT:
+                spoil(training)
             training.learn(batch)
+            assert bool(training.refused) == bool(training.anew) == (training.done == SPOILT + 1)
+            assert training.record()["stream/lanes_anew"] == (training.done > SPOILT)
             found.append((training.loss, training.prequential.bits_per_byte))
             if keeper is not None and training.done == SAVED:
                 keeper.save({})

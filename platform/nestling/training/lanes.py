@@ -50,6 +50,25 @@ class Lanes:
             lambda name, leaf: torch.cat(joined[name]) if isinstance(leaf, Tensor) else leaf, self._after[0]
         )
 
+    def mend(self, readable: Tensor) -> int:
+        """Let rows begin anew whose state is not finite, or has made their text unreadable; returns how many.
+
+        Args:
+            readable: (rows,) whether the losses of the last batch are finite.
+        """
+        if self._state is None:
+            return 0
+        good = readable
+        for leaf in leaves(self._state).values():
+            if isinstance(leaf, Tensor):
+                good = good & leaf.reshape(len(leaf), -1).isfinite().all(1)
+        bad = (~good).nonzero().flatten()
+        if len(bad):  # what is carried is what a state differs by from the initial one
+            self._state = mapped(
+                lambda _, leaf: leaf.index_fill(0, bad, 0) if isinstance(leaf, Tensor) else leaf, self._state
+            )
+        return len(bad)
+
     def tensors(self) -> dict[str, Tensor]:
         """This rank's rows of every tensor, flat; the ranks' stretches follow one another."""
         return {name: leaf.flatten() for name, leaf in leaves(self._state).items() if isinstance(leaf, Tensor)}

@@ -90,6 +90,8 @@ class StreamTraining(TrainingLoop):
         hold(self.levels, stream)
         #: What goes on from batch to batch, of each source by itself: a mood must not reach what others learn.
         self._lanes: dict[str, Lanes] = {}
+        #: Rows of it that had to begin anew after the last step, and so far.
+        self.anew = self.lanes_anew = 0
         #: What else the snapshot says, kept by rank 0's worker.
         self.files: dict[str, Any] = {}
         self._rows: tuple[np.ndarray, np.ndarray] | None = None
@@ -140,15 +142,21 @@ class StreamTraining(TrainingLoop):
         if not self.refused and self.lasting:
             logits = None if self._dark is None else self._dark.kept(len(places))
             self.replay.add(batch.inputs, batch.targets, logits)
-        if not self.refused and self.lanes is not None:
-            self.lanes.keep()
-        nats = torch.zeros(len(batch.names), dtype=torch.float64, device=self.device)
         (mine,) = self._mine(batch.domains)
         domains = torch.from_numpy(mine[:, :width].astype(np.int64)).to(self.device).flatten()
-        nats.index_add_(0, domains, torch.cat(self._parts)[: len(domains)].double())  # replayed ones come last
-        dist.all_reduce(nats)
+        new = torch.cat(self._parts)[: len(domains)].double()  # replayed ones come last
+        # Nats of each domain, and rows that begin anew.
+        figures = torch.zeros(len(batch.names) + 1, dtype=torch.float64, device=self.device)
+        figures.index_add_(0, domains, new)
+        if self.lanes is not None:
+            if not self.refused:
+                self.lanes.keep()
+            figures[-1] = self.lanes.mend(new.view(-1, width).isfinite().all(1))
+        dist.all_reduce(figures)
+        *nats, anew = figures.tolist()
+        self.anew, self.lanes_anew = int(anew), self.lanes_anew + int(anew)
         self.batches_done += 1
-        by_domain = dict(zip(batch.names, nats.tolist(), strict=True))
+        by_domain = dict(zip(batch.names, nats, strict=True))
         if not math.isfinite(sum(by_domain.values())):
             return  # counted among the skipped steps; in a sum it would stay for ever
         self.prequential.add(by_domain, dict(zip(batch.names, batch.bytes, strict=True)))
@@ -178,6 +186,7 @@ class StreamTraining(TrainingLoop):
             "stream/window": float(self.position.window),
             "stream/drifts": float(self.drifts),
             "stream/rollbacks": float(self.rollbacks),
+            "stream/lanes_anew": float(self.lanes_anew),
         }
         each = {f"stream/records/{name}": float(number) for name, number in self.records.items()}
         return super().record() | self.prequential.metrics() | counts | each | others
@@ -196,6 +205,7 @@ class StreamTraining(TrainingLoop):
                 "rollbacks": self.rollbacks,
                 "replayed_from": self.replay.seen,
                 "fast": {source: lanes.numbers() for source, lanes in self._lanes.items()},
+                "lanes_anew": self.lanes_anew,
                 "window": [self.window_nats, self.window_bytes],
                 "files": self.files,
             }
@@ -213,7 +223,7 @@ class StreamTraining(TrainingLoop):
             self._detector(source).load(kept)
         self.drifts, self.drifted, self.rewarmed = stream["drifts"]
         self.rollbacks = stream["rollbacks"]
-        self._seen, self._numbers = stream["replayed_from"], stream["fast"]
+        self._seen, self._numbers, self.lanes_anew = stream["replayed_from"], stream["fast"], stream["lanes_anew"]
         self.window_nats, self.window_bytes = stream["window"]
         self.files = stream["files"]
 

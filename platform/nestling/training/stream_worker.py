@@ -254,6 +254,9 @@ class StreamWorker:
         training, settings = self.training, self.config.training
         if training.refused and self.tracker is not None:
             self.tracker.event("skipped", f"step {training.done} moved nothing: {training.refused}")
+        if training.anew and self.tracker is not None:
+            message = f"step {training.done}: the carried state of {training.anew} rows diverged, so they begin anew"
+            self.tracker.event("lanes-anew", message, step=training.done, window=training.position.window)
         last = training.done >= settings.last_step
         record = training.record() if last or training.done % settings.log_every == 0 else {}
         if record and self.planner is not None:
