@@ -30,8 +30,8 @@ JOB = [
 WINDOWS = (("lasting", 5), ("mood", 3), ("read", 3), ("lasting", 2))
 
 
-def batch(number):
-    tokens = np.random.default_rng(number).integers(97, 123, (4, 17), np.int32)
+def batch(number, first="a", last="z"):
+    tokens = np.random.default_rng(number).integers(ord(first), ord(last) + 1, (4, 17), np.int32)
     domains = np.zeros((4, 16), np.int16)
     return Batch(tokens[:, :-1], tokens[:, 1:], domains, ["some"], [64])
 
@@ -108,11 +108,16 @@ def test_every_stage_gives_the_same_losses(results):
         assert losses == pytest.approx(first, rel=1e-5)
 
 
-def reading(rank, place, text):
-    """Weights after two windows of a lasting source, which do not depend on what was only read between them."""
+def begin_alone(place):
+    """What DeepSpeed wants to see in a process of its own."""
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{place}/alone", rank=0, world_size=1)
+
+
+def reading(rank, place, text):
+    """Weights after two windows of a lasting source, which do not depend on what was only read between them."""
+    begin_alone(place)
     from nestling.training.state import engine_pieces
     from nestling.training.stream_loop import StreamTraining
 
@@ -132,3 +137,37 @@ def test_what_is_only_read_does_not_reach_what_others_learn_by_the_carried_state
     mp.spawn(reading, (str(tmp_path), to_yaml(config)), nprocs=1)
     one, other = torch.load(tmp_path / "read")
     assert one == other
+
+
+def warming(rank, place, text):
+    """Of each source alarms after its text has turned from letters to digits, and all rates before and after."""
+    begin_alone(place)
+    from nestling.training.stream_loop import StreamTraining
+
+    found = {}
+    for source in ("mood", "read", "lasting"):
+        training, rates = StreamTraining(from_yaml(text), torch.device("cpu"), 0, 1), []
+        for opened, count, signs in (
+            ("lasting", 12, "az"),
+            (source, 12, "az"),
+            (source, 4, "09"),
+            ("lasting", 1, "az"),
+        ):
+            training.open(opened)
+            for _ in range(count):
+                training.learn(batch(training.done, *signs))
+            record = training.record()
+            rates.append({name: rate for name, rate in record.items() if name.endswith("/learning_rate")})
+        found[source] = training.drifts, rates
+    torch.save(found, Path(place, "warmed"))
+
+
+def test_a_source_that_may_not_write_every_level_warms_nobodys_rate(tmp_path):
+    """Nor do its steps take a warmer one; the control: an alarm of a source that may, raises all."""
+    alarm = ["stream.drift_delta=0", "stream.drift_threshold=0.5", "training.learning_rate=0.02"]
+    config = load("five-domains", [*JOB, *alarm, "stream.rewarm_factor=3", "stream.rewarm_steps=2"], streamed=True)
+    mp.spawn(warming, (str(tmp_path), to_yaml(config)), nprocs=1)
+    for source, (alarms, (before, *_, last)) in torch.load(tmp_path / "warmed").items():
+        assert alarms and len(before) == 4, source
+        assert all((last[name] > before[name]) == (source == "lasting") for name in before), source
+        assert source == "lasting" or last == before
