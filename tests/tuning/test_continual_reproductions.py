@@ -31,6 +31,7 @@ from nestling.tuning.reproductions.stream import (
     Stream,
     figures,
     parts,
+    unigram_entropy,
 )
 
 #: Losses on three domains before anything was learnt and after each of them.
@@ -52,6 +53,10 @@ def test_figures_of_a_matrix_by_hand() -> None:
     unlearnt = figures([row[:2] + [9.0] for row in LOSSES[:1]] + [row[:2] + [9.5] for row in LOSSES[1:]], in_order=True)
     assert SHARE not in unlearnt and unlearnt[FORGETTING] == pytest.approx(1.25)
     assert figures(LOSSES, in_order=False) == pytest.approx({FINAL: 11.5 / 3, WORST: 5.0}, abs=1e-12)
+
+
+def test_unigram_entropy() -> None:
+    assert unigram_entropy(["abab", "cdcd"]) == pytest.approx(2.0)
 
 
 def test_intervals_and_paired_differences_by_hand() -> None:

@@ -18,7 +18,7 @@ import torch
 from nestling.checkpoint import ResumeError, Store, export_weights, run_store
 from nestling.data import DataError, Tokenizer
 from nestling.data.streams import Opening, Planner, Reading, Rules, WindowFolder, open_stream
-from nestling.evaluation.probes import ALL, Probes, probe_losses
+from nestling.evaluation.probes import Probes, probe_losses
 from nestling.tracking import RunFolder, Tracker
 from nestling.tracking.files import replace_json
 from nestling.training.books import Books
@@ -27,7 +27,7 @@ from nestling.training.keeper import Keeper
 from nestling.training.needed_windows import NeededWindows
 from nestling.training.stream_loop import StreamTraining
 from nestling.training.whereabouts import whereabouts
-from nestling.training.window_guard import Standing, harm, unigram_entropy
+from nestling.training.window_guard import Standing, harm, scrambled
 from nestling.training.worker import at_post
 
 
@@ -56,7 +56,7 @@ class StreamWorker:
         #: Whether levels are to change at the snapshot that was just saved; equal on all ranks.
         self._changing = False
         self._opening: Opening | None = None
-        self._before = Standing({}, None)
+        self._before = Standing({}, None, None)
         self._tokenizer = Tokenizer.load(folder.tokenizer, self.config.data.separator)
 
     def run(self) -> dict[str, Any]:
@@ -184,7 +184,8 @@ class StreamWorker:
         """End a window: it goes into the ledger with the next snapshot."""
         training, opening = self.training, self._opening
         assert opening is not None
-        reason = self._harm(opening) if self.config.stream.guard and opening.batches else ""
+        judged = self.config.stream.guard and opening.batches
+        reason = harm(self._before, self._standing(opening)) if judged else ""
         if reason:
             self._undo(opening, reason)
         elif self.config.stream.guard:
@@ -207,20 +208,17 @@ class StreamWorker:
         for record in opening.summary["held"] if self.training.lasting else ():
             self.training.probes.add(record["domain"], record["text"])
 
-    def _harm(self, opening: Opening) -> str:
-        """Why the window that was just learnt is to be undone; empty if it may stay. Every rank."""
-        texts = [record["text"] for record in opening.summary["held"]]
-        return harm(self._before, self._standing(opening), unigram_entropy(texts))
-
     def _standing(self, opening: Opening) -> Standing:
         """What the model makes of the domains that were known before a window, and of what is held out of it."""
         training, held = self.training, Probes(1 << 30)
         for record in opening.summary["held"]:
-            held.add(ALL, record["text"])
+            held.add("slice", record["text"])
+            held.add("scrambled", scrambled(record["text"]))
         known = self._before.probes if self._opening is not None and training.batches_done else training.probes.domains
         probes = self._losses(training.probes, known)
         training.restart_clock()
-        return Standing(probes, self._losses(held, held.domains).get(ALL))
+        own = self._losses(held, held.domains)
+        return Standing(probes, own.get("slice"), own.get("scrambled"))
 
     def _losses(self, probes: Probes, domains: Iterable[str]) -> dict[str, float]:
         training, length = self.training, self.config.data.sequence_length

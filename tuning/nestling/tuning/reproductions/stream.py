@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
+import numpy as np
 import torch
 
 from nestling.config import JobConfig, from_yaml
@@ -25,7 +26,6 @@ from nestling.evaluation import retention
 from nestling.evaluation.probes import probe_losses
 from nestling.models.hope import mixers
 from nestling.training.stream_loop import StreamTraining
-from nestling.training.window_guard import unigram_entropy
 from nestling.tuning.reproductions.experiment import Outcome
 
 #: `jobs/five-domains.yaml` without what only a run of its own needs, at the size of a trial.
@@ -160,3 +160,10 @@ def _chance(held: Sequence[Record]) -> dict[str, float]:
     """What a model scores that knows only how often each byte occurs in a domain; it forgets nothing."""
     entropies = [unigram_entropy([record.text for record in held if record.domain == domain]) for domain in ORDER]
     return {FORGETTING: 0.0, **dict.fromkeys((LEARN, FINAL, PREQUENTIAL), fmean(entropies))}
+
+
+def unigram_entropy(texts: Sequence[str]) -> float:
+    """Entropy of the byte histogram of some texts, bits per byte."""
+    counts = np.bincount(np.frombuffer("".join(texts).encode("utf-8"), np.uint8))
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * np.log2(shares)).sum())
