@@ -6,18 +6,17 @@ import json
 import math
 import os
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from tests.mlflow_server import Server, wait_for
 
 from nestling.tracking import RunFolder, TrackedRun, Tracker, TrackingError, deliver, finish, start
 from nestling.tracking import sender as sender_module
@@ -35,15 +34,6 @@ def client(run: TrackedRun):
 def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
     """The values of a metric in the order in which MLflow has them."""
     return [(metric.step, metric.value) for metric in client(run).get_metric_history(run.mlflow_run_id, key)]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.fixture
@@ -314,51 +304,11 @@ def test_a_new_recorder_waits_for_the_old_one(
 # A server that is frozen, killed and started again
 
 
-class Server:
-    """`mlflow server` over a sqlite database, on a port that stays the same."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-        with closing(socket.socket()) as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self.place}/server.db"]
-        command += ["--artifacts-destination", str(self.place / "served")]
-        environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-        with (self.place / "server.log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, cwd=self.place, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        assert wait_for(self.answers, 120), (self.place / "server.log").read_text()
-
-    def signal(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        os.killpg(self.process.pid, number)
-
-    def kill(self) -> None:
-        assert self.process is not None
-        self.signal(signal.SIGKILL)
-        self.process.wait()
-        self.process = None
-        assert wait_for(lambda: not self.answers(), 20)
-
-    def answers(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"{self.uri}/health", timeout=5) as answer:
-                return answer.status == 200
-        except OSError:
-            return False
-
-    def rows(self, run: TrackedRun, key: str) -> list[tuple[int, float]]:
-        """The values of a metric in the database itself, in the order of their time."""
-        with closing(sqlite3.connect(self.place / "server.db")) as database:
-            query = "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY timestamp"
-            return database.execute(query, (run.mlflow_run_id, key)).fetchall()
+def stored(server: Server, run: TrackedRun, key: str) -> list[tuple[int, float]]:
+    """The values of a metric in the server's database itself, in the order of their time."""
+    with closing(sqlite3.connect(server.place / "server.db")) as database:
+        query = "SELECT step, value FROM metrics WHERE run_uuid = ? AND key = ? ORDER BY timestamp"
+        return database.execute(query, (run.mlflow_run_id, key)).fetchall()
 
 
 @pytest.fixture(scope="module")
@@ -366,8 +316,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server = Server(tmp_path_factory.mktemp("server"))
     server.start()
     yield server
-    if server.process is not None:
-        server.kill()
+    server.kill()
 
 
 @pytest.mark.slow
@@ -382,18 +331,18 @@ def test_a_server_that_goes_away_and_comes_back(
     run = start(CONFIG, folder, server.uri, "tests")
     tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     tracker.log({"train/loss": 1.0}, 1)
-    assert wait_for(lambda: server.rows(run, "train/loss") == [(1, 1.0)], 20)
+    assert wait_for(lambda: stored(server, run, "train/loss") == [(1, 1.0)], 20)
     server.kill()
     tracker.log({"train/loss": 2.0, "heldout/loss": 2.5}, 2)
     tracker.checkpoint(2, "file:///two", {"heldout/loss": 2.5})
     time.sleep(3)
     server.start()
-    assert wait_for(lambda: len(server.rows(run, "train/loss")) == 2, 30)
+    assert wait_for(lambda: len(stored(server, run, "train/loss")) == 2, 30)
     tracker.log({"train/loss": 3.0}, 3)
     tracker.close()
     finish(run, folder, "finished")
-    assert server.rows(run, "train/loss") == history(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert server.rows(run, "heldout/loss") == [(2, 2.5)]
+    assert stored(server, run, "train/loss") == history(run, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert stored(server, run, "heldout/loss") == [(2, 2.5)]
     assert client(run).get_run(run.mlflow_run_id).info.status == "FINISHED"
     assert [file.path for file in client(run).list_artifacts(run.mlflow_run_id)] == ["config.yaml"]
     final = folder.path.name.replace(".", "_")
@@ -413,7 +362,7 @@ def test_a_frozen_server_neither_slows_the_training_nor_holds_up_its_end(
     run = start(CONFIG, folder, server.uri, "tests")
     tracker = Tracker(folder, run.uri, run.mlflow_run_id)
     tracker.log({"train/loss": 0.0}, 0)
-    assert wait_for(lambda: len(server.rows(run, "train/loss")) == 1, 20)
+    assert wait_for(lambda: len(stored(server, run, "train/loss")) == 1, 20)
     seconds = []
     server.signal(signal.SIGSTOP)
     try:
@@ -430,12 +379,12 @@ def test_a_frozen_server_neither_slows_the_training_nor_holds_up_its_end(
         server.signal(signal.SIGCONT)
     seconds.sort()
     assert seconds[500] < 0.001 and seconds[-1] < 0.2  # on a quiet machine 85 us, and none over a millisecond
-    assert len(server.rows(run, "train/loss")) < 1000
+    assert len(stored(server, run, "train/loss")) < 1000
     folder.update(status="failed")
     assert wait_for(lambda: deliver(folder.path.parent).get(folder.run_id, False), 60)
     for key in ("train/loss", "levels/7/updates"):
         first = 0 if key == "train/loss" else 1
-        assert server.rows(run, key) == [(step, float(step)) for step in range(first, 1001)]
+        assert stored(server, run, key) == [(step, float(step)) for step in range(first, 1001)]
     assert models(run) == {"checkpoint-1000": {"train/loss": (1000, 1000.0)}}
     assert client(run).get_run(run.mlflow_run_id).info.status == "FAILED"
 

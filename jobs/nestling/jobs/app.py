@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from nestling.jobs.adapt import adapt
+from nestling.jobs.compare import compare
 from nestling.jobs.config import config
 from nestling.jobs.doctor import doctor
 from nestling.jobs.evaluate import evaluate
@@ -82,6 +83,7 @@ for _verb in (
     generate,
     export,
     runs,
+    compare,
     levels,
     reproduce,
     ui,

@@ -8,24 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from statistics import fmean, stdev
+from statistics import fmean
 
+from nestling.tuning.comparison.statistics import interval
 from nestling.tuning.reproductions.experiment import Trial
 from nestling.tuning.reproductions.table import number
 
-#: Probability with which an interval holds the mean of more seeds, as far as they scatter like a normal distribution.
-CONFIDENCE = 0.95
 MARKERS = "osD^vPX*<>hdp8"
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean of the values and half the width of its interval by Student's t; None for one value."""
-    from scipy.stats import t
-
-    if len(values) < 2:
-        return fmean(values), None
-    quantile = float(t.ppf((1 + CONFIDENCE) / 2, len(values) - 1))
-    return fmean(values), quantile * stdev(values) / math.sqrt(len(values))
 
 
 def by_arm(trials: Sequence[Trial], metric: str) -> dict[str, dict[int, float]]:
