@@ -37,8 +37,7 @@ def answer(arms: Sequence[Arm], metrics: Sequence[Metric], default: str | None =
 
 
 def _whole(arm: Arm, metrics: Sequence[Metric]) -> bool:
-    finished = all(run.status == "finished" for run in arm.runs)
-    return finished and all(len(arm.values(metric.name)) == len(arm.runs) for metric in metrics)
+    return arm.finished and all(len(arm.values(metric.name)) == len(arm.runs) for metric in metrics)
 
 
 def _judged(found: Verdict, best: Arm, metric: Metric) -> str:

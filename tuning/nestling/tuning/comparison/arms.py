@@ -50,6 +50,11 @@ class Arm:
     runs: list[Run]
 
     @property
+    def finished(self) -> bool:
+        """Whether each of its runs came to its end."""
+        return all(run.status == "finished" for run in self.runs)
+
+    @property
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
 

@@ -28,11 +28,11 @@ _POINTS = 400
 
 
 def learning_curves(arms: Sequence[Arm], key: str) -> go.Figure | None:
-    """A metric of the log; None where no arm has two points of it."""
+    """A metric of the log; None where no arm has two points of it, or it is always 0."""
     figure = chart()
     for place, arm in enumerate(arms):
         figure.add_traces(_curve(arm, place, key))
-    return over_training(figure) if any(len(trace.x) > 1 for trace in figure.data) else None
+    return over_training(figure) if any(len(trace.x) > 1 and any(trace.y) for trace in figure.data) else None
 
 
 def update_norms(arms: Sequence[Arm]) -> go.Figure | None:
@@ -46,7 +46,7 @@ def update_norms(arms: Sequence[Arm]) -> go.Figure | None:
     for row, lines in enumerate(curves.values(), 1):
         for traces in lines:
             figure.add_traces(traces, rows=row, cols=1)
-    figure.update_yaxes(type="log", dtick=1)
+    figure.update_yaxes(type="log")
     return over_training(figure)
 
 

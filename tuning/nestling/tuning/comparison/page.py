@@ -24,7 +24,7 @@ _NOTE = (
     "pass is not in them."
 )
 _FONT = "system-ui, sans-serif"
-_SCALE = {"light": "Blues", "dark": "Viridis"}
+_SCALE = {"light": ["#eef3fc", "#3b7de0"], "dark": ["#1f232b", "#5b94ec"]}
 #: Text, soft text, grid and ground; those of page.html.
 _INKS = {
     "light": ("#1f2430", "#667085", "#e3e6ec", "#ffffff"),
@@ -143,6 +143,7 @@ def _theme(name: str) -> dict[str, Any]:
         "tickfont": {"color": soft},
         "title": {"font": {"color": soft, "size": 12}},
         "automargin": True,
+        "exponentformat": "SI",
     }
     scale = {"colorscale": _SCALE[name], "colorbar": {"outlinewidth": 0, "tickfont": {"color": soft}}}
     layout = go.Layout(

@@ -166,8 +166,8 @@ def _ranked(arms: Sequence[Arm], objective: Metric) -> list[Arm]:
 
     def place(arm: Arm) -> tuple[bool, float]:
         found = arm.interval(objective.name)
-        unfinished = found is None or any(run.status != "finished" for run in arm.runs)
-        return unfinished, 0.0 if found is None else found[0] if objective.mode == "min" else -found[0]
+        mean = found[0] if found else 0.0
+        return not (found and arm.finished), mean if objective.mode == "min" else -mean
 
     return sorted(arms, key=place)
 

@@ -8,7 +8,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from nestling.tuning.comparison.arms import Arm, Metric
-from nestling.tuning.comparison.drawing import axes_of, chart, over_training, panels, point
+from nestling.tuning.comparison.drawing import COLOURS, axes_of, chart, over_training, panels, point
 from nestling.tuning.comparison.gather import AXES
 from nestling.tuning.comparison.statistics import pareto_front
 
@@ -17,15 +17,16 @@ _LABEL = 26  # letters of an arm's label beside it
 
 
 def by_parameter(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure | None:
-    """Each objective against each varied parameter, arms as points with their intervals."""
-    shown = [(key, metric) for metric in objectives for key in arms[0].differs if _measured(arms, metric)]
+    """Each objective against each varied parameter, arms that finished as points with their intervals."""
+    known = {metric: [found for found in _measured(arms, metric) if found[1].finished] for metric in objectives}
+    shown = [(key, metric) for metric in objectives for key in arms[0].differs if known[metric]]
     if not shown:
         return None
     figure = panels([metric.label for _, metric in shown], 230, shared=False)
     for row, (key, metric) in enumerate(shown, 1):
         values = [arm.differs[key] for arm in arms]
         numbers = _numbers(values)
-        for place, arm, measured in _measured(arms, metric):
+        for place, arm, measured in known[metric]:
             trace = point(arm, place, (0.0, None), measured)
             trace.update(x=[numbers[place] if numbers else values[place]], error_x=None)
             figure.add_trace(trace, row=row, col=1)
@@ -34,17 +35,19 @@ def by_parameter(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure
 
 
 def parallel(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure | None:
-    """Parallel coordinates: a line for each arm through its parameters and what it came to."""
-    whole = [arm for arm in arms if all(arm.interval(metric.name) for metric in objectives)]
+    """Parallel coordinates: a line for each arm that finished, through its parameters and what it came to."""
+    whole = [arm for arm in arms if arm.finished and all(arm.interval(metric.name) for metric in objectives)]
     if not whole:
         return None
     dimensions = [_dimension(key, [arm.differs[key] for arm in whole]) for key in whole[0].differs]
     for metric in objectives:
         dimensions.append({"label": metric.label, "values": [_mean(arm, metric) for arm in whole]})
-    line = {"color": dimensions[len(whole[0].differs)]["values"], "coloraxis": "coloraxis"}
+    line = {"color": dimensions[len(whole[0].differs)]["values"], "colorscale": [[0, COLOURS[0]], [1, COLOURS[1]]]}
+    line["reversescale"] = objectives[0].mode == "max"
     figure = chart()
-    figure.add_trace(go.Parcoords(dimensions=dimensions, line=line, labelfont={"size": 12}, tickfont={"size": 11}))
-    return figure.update_layout(margin={"l": 60, "r": 60, "t": 60, "b": 30}, coloraxis_showscale=False)
+    hidden = {"size": 1, "color": "rgba(0,0,0,0)"}  # what Plotly writes above and below an axis: its range
+    figure.add_trace(go.Parcoords(dimensions=dimensions, line=line, rangefont=hidden))
+    return figure.update_layout(margin={"l": 60, "r": 60, "t": 60, "b": 30})
 
 
 def by_cost(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure | None:
@@ -96,7 +99,8 @@ def level_frequencies(arms: Sequence[Arm]) -> go.Figure | None:
             y=[place for place, _ in enumerate(known)],
             z=shares,
             customdata=[[[arm.label, count] for count in row] for (arm, _), row in zip(known, counts, strict=True)],
-            texttemplate="%{z:.0f} %",
+            text=[["" if share is None else f"{share:.0f} %" for share in row] for row in shares],
+            texttemplate="%{text}",
             xgap=2,
             ygap=2,
             coloraxis="coloraxis",
@@ -105,7 +109,7 @@ def level_frequencies(arms: Sequence[Arm]) -> go.Figure | None:
     )
     labels = [_short(arm.label) for arm, _ in known]
     figure.update_yaxes(autorange="reversed", tickvals=list(range(len(known))), ticktext=labels, showgrid=False)
-    figure.update_xaxes(type="category", title="optimizer steps from one move to the next")
+    figure.update_xaxes(type="category", title="steps from one move to the next")
     return figure.update_layout(height=90 + _ROW * len(known), coloraxis={"showscale": False, "cmin": 0, "cmax": 100})
 
 
