@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from tests.debian import chromium
+from tests.mlflow_server import wait_for
 from tests.tuning.finished import DOMAINS, make_run, make_sweep
 
 from nestling.tuning.comparison import Comparison, SweepReport, compare, sweep_report
@@ -100,13 +101,14 @@ def test_the_page_follows_its_reader(browser: Chrome, compared: tuple[Comparison
     click(browser, "arm", "slow")
     assert not any(trace["visible"] is False for trace in plotted(browser, CURVE))
 
-    ground, inks = "return getComputedStyle(document.body).backgroundColor", {}
-    for scheme in ("dark", "light"):
-        wanted = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", wanted)
-        ink = browser.execute_script(f"return document.getElementById('{CURVE}')._fullLayout.font.color")
-        inks[scheme] = browser.execute_script(ground), ink
-    assert inks == {"dark": ("rgb(20, 22, 27)", "#e6e8ee"), "light": ("rgb(255, 255, 255)", "#1f2430")}
+    def inks() -> tuple[str, str]:
+        ground = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+        return ground, browser.execute_script(f"return document.getElementById('{CURVE}')._fullLayout.font.color")
+
+    for scheme, wanted in (("dark", ("rgb(20, 22, 27)", "#e6e8ee")), ("light", ("rgb(255, 255, 255)", "#1f2430"))):
+        features = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", features)
+        assert wait_for(lambda wanted=wanted: inks() == wanted, 10), inks()
 
     phone = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)

@@ -34,7 +34,7 @@ def compare(
     as_json: AsJson = False,
 ) -> dict[str, Any]:
     """Compare runs: what differs, what they measured, and what it took; also as a page with curves."""
-    places = [each for each in given or () if each.startswith("run.dir=")]
+    places = [each for each in given or () if "=" in each]
     runs = [each for each in given or () if each not in places]
     if sweep is not None and runs:
         raise Stop(f"--sweep: got {sweep} and runs ({', '.join(runs)}), needs one of the two", WRONG_USAGE)
