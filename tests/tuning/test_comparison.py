@@ -51,6 +51,8 @@ def test_who_wins_has_beaten_each_other_arm() -> None:
     assert verdict({"all": seeds, "low": low}, "max").best == "all" and verdict({"all": seeds, "low": low}, "max").wins
     assert not verdict({"all": {0: 1.0}, "low": {0: 0.5}}, "min").wins  # one seed says nothing
     assert not verdict({"alone": seeds}, "min").wins
+    elsewhere = {0: 2.0, 1: 6.0, 9: -9.0, 2: 4.0}  # its best seed has no pair, and all of its pairs are worse
+    assert (found := verdict({"all": seeds, "other": elsewhere}, "min")).best == "other" and found.unclear == ["all"]
 
 
 def test_of_equal_arms_one_is_called_the_winner_in_one_case_of_twenty_at_most() -> None:
@@ -78,6 +80,11 @@ def test_what_the_answer_says() -> None:
     assert best == "new" and "1 of 3 arms did not finish" in said
     assert answer([arm("failed", 1.0, status="failed")], [BITS])[0] is None
     assert "nothing tells it apart" in answer([arm("a", 1.0), arm("b", 2.0)], [BITS])[1]
+    for each, tokens in zip(arms, (1000.0, 2000.0), strict=True):
+        for run in each.runs:
+            run.metrics["tokens"] = tokens
+    _, said = answer(arms, [BITS, Metric("tokens", "tokens")])
+    assert said.endswith("No arm is better than these in all of held out, b/B and tokens (Pareto front): new and base.")
 
 
 def test_runs_become_arms(tmp_path: Path) -> None:

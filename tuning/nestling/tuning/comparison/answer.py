@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from nestling.tuning.comparison.arms import Arm, Metric
 from nestling.tuning.comparison.statistics import Difference, Verdict, pareto_front, verdict
-from nestling.tuning.reproductions.table import number, with_spread
+from nestling.tuning.comparison.table import mean_text
 
 
 def answer(arms: Sequence[Arm], metrics: Sequence[Metric], default: str | None = None) -> tuple[str | None, str]:
@@ -43,8 +43,7 @@ def _whole(arm: Arm, metrics: Sequence[Metric]) -> bool:
 def _judged(found: Verdict, best: Arm, metric: Metric) -> str:
     measured = best.interval(metric.name)
     assert measured is not None
-    mean, half = measured
-    at = f"{number(mean)} ({metric.label}, one seed)" if half is None else f"{with_spread(mean, half)} ({metric.label})"
+    at = f"{mean_text(*measured)} ({metric.label}{', one seed' if measured[1] is None else ''})"
     if not found.against:
         return f"{found.best}: {at}. There is no other arm to compare it with."
     runner_up, difference = next(iter(found.against.items()))
@@ -55,9 +54,8 @@ def _judged(found: Verdict, best: Arm, metric: Metric) -> str:
             f"{found.best} has the best mean, {at}, {_difference(difference)} against the next best, {runner_up}; "
             "without an interval over several seeds nothing tells it apart."
         )
-    unclear = [arm for arm, each in found.against.items() if each is None or not each.excludes_zero]
     return (
-        f"{found.best} has the best mean, {at}, but the seeds do not tell it apart from {_listed(unclear)}: "
+        f"{found.best} has the best mean, {at}, but the seeds do not tell it apart from {_listed(found.unclear)}: "
         f"{_difference(difference)} against the next best, {runner_up}."
     )
 
@@ -74,17 +72,17 @@ def _against(found: Verdict, default: str | None, metric: Metric) -> str:
 def _difference(difference: Difference | None) -> str:
     if difference is None:
         return "with no seed in common"
+    text = f"{'+' * (difference.mean > 0)}{mean_text(difference.mean, difference.half)}"
     if difference.half is None:
-        return f"{difference.mean:+.4f} in the one seed that both have"
-    text = with_spread(difference.mean, difference.half)
-    return f"{'+' * (difference.mean > 0)}{text} (paired over {difference.seeds} seeds)"
+        return f"{text} in the one seed that both have"
+    return f"{text} (paired over {difference.seeds} seeds)"
 
 
 def _front(arms: Sequence[Arm], metrics: Sequence[Metric]) -> str:
     points = {arm.label: [found[0] for metric in metrics if (found := arm.interval(metric.name))] for arm in arms}
     front = pareto_front(points, [metric.mode for metric in metrics])
-    named = ", ".join(metric.label for metric in metrics)
-    return f"Of means of {named} no arm is better in all than {_listed(front)} (Pareto front)."
+    named = _listed([metric.label for metric in metrics])
+    return f"No arm is better than these in all of {named} (Pareto front): {_listed(front, 8)}."
 
 
 def _listed(names: Sequence[str], most: int = 4) -> str:

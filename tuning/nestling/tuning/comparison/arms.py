@@ -131,15 +131,15 @@ def _level_count(settings: Mapping[str, str]) -> int:
 
 def _with_levels_in_one(settings: Mapping[str, str]) -> dict[str, str]:
     """`levels` as "192 every 1, 192 every 4": what is wide how often, and what is not usual."""
-    usual = {"unit": "steps", "optimizer": "adamw", "learning_rate": "null", "parameters": "[]", "layers": "[]"}
+    usual = {"unit": "steps", "optimizer": "adamw", "learning_rate": "null"}
     told = []
     for place in range(_level_count(settings)):
         prefix = f"levels.{place}."
         level = {key.removeprefix(prefix): _plain(value) for key, value in settings.items() if key.startswith(prefix)}
         what = next((level[key] for key in ("width", "parameters", "layers") if level[key] not in ("null", "[]")), "")
-        others = (f"{key} {level[key]}" for key in ("unit", "optimizer", "learning_rate") if level[key] != usual[key])
+        others = (f"{key} {level[key]}" for key, value in usual.items() if level[key] != value)
         told.append(" ".join([what, "every", level["period"], *others]))
-    rest = {key: value for key, value in settings.items() if not key.startswith("levels.")}
+    rest = {key: value for key, value in settings.items() if key.partition(".")[0] != "levels"}
     return {"levels": ", ".join(told) or "none", **rest}
 
 

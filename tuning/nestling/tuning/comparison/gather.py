@@ -60,7 +60,6 @@ class Run:
         places: of each logged step the tokens, seconds and FLOPs until then.
         cost: tokens, seconds and FLOPs of the whole run.
         anatomy: None where the run has no configuration.
-        error: why it failed, on one line.
     """
 
     run_id: str | None
@@ -74,7 +73,6 @@ class Run:
     places: dict[int, dict[str, float]] = field(default_factory=dict)
     cost: dict[str, float] = field(default_factory=dict)
     anatomy: Anatomy | None = None
-    error: str | None = None
 
 
 def read_run(folder: RunFolder) -> Run:

@@ -130,7 +130,8 @@ def _controls(arms: Sequence[Arm]) -> str:
 
 def _section(chart: Chart) -> str:
     note = f'<p class="note">{escape(chart.note)}</p>' if chart.note else ""
-    return f'<section><h2>{escape(chart.heading)}</h2>{note}<div class="chart" id="{chart.name}"></div></section>'
+    heading = f"<h2>{escape(chart.heading)}</h2>" if chart.heading else ""
+    return f'<section>{heading}{note}<div class="chart" id="{chart.name}"></div></section>'
 
 
 def _theme(name: str) -> dict[str, Any]:

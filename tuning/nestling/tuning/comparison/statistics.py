@@ -60,12 +60,17 @@ class Verdict:
     Attributes:
         best: the arm with the best mean.
         against: of every other arm, from the next best on, `best` minus that arm; None where no seed is in both.
-        wins: whether every one of these intervals is on the good side of zero.
+        unclear: the arms that `best` has not been shown to beat: their interval reaches zero, or there is none.
     """
 
     best: str
     against: dict[str, Difference | None]
-    wins: bool
+    unclear: list[str]
+
+    @property
+    def wins(self) -> bool:
+        """Whether there are other arms and all of them are beaten."""
+        return bool(self.against) and not self.unclear
 
 
 def verdict(values: Values, mode: Mode) -> Verdict:
@@ -77,11 +82,12 @@ def verdict(values: Values, mode: Mode) -> Verdict:
     ranked = sorted(values, key=lambda arm: _sign(mode) * fmean(values[arm].values()))
     best, *others = ranked
     against = {arm: paired(values[best], values[arm]) for arm in others}
-    wins = bool(others) and all(
-        difference is not None and difference.excludes_zero and _sign(mode) * difference.mean < 0
-        for difference in against.values()
-    )
-    return Verdict(best, against, wins)
+    unclear = [
+        arm
+        for arm, difference in against.items()
+        if difference is None or not difference.excludes_zero or _sign(mode) * difference.mean > 0
+    ]
+    return Verdict(best, against, unclear)
 
 
 def pareto_front(points: Mapping[str, Sequence[float]], modes: Sequence[Mode]) -> list[str]:

@@ -49,6 +49,8 @@ class SweepReport:
 def sweep_report(folder: RunFolder, runs_dir: Path) -> SweepReport:
     """Write the report of a sweep from its `config.yaml` and `trials.jsonl`, as far as it has come.
 
+    If `config.yaml` names the label of an arm as `default`, the best one is compared with that, too.
+
     Args:
         folder: the sweep's folder.
         runs_dir: where the trials' runs are.

@@ -61,6 +61,13 @@ def cells(arm: Arm, metrics: Sequence[Metric]) -> list[Cell]:
     ]
 
 
+def mean_text(mean: float, half: float | None) -> str:
+    """A mean with half of its interval, both to the second digit of that; of one seed four decimals, if it is small."""
+    if half is not None:
+        return with_spread(mean, half)
+    return f"{mean:,.0f}" if abs(mean) >= 1000 else f"{mean:.4f}"
+
+
 def _seeds(arm: Arm) -> str:
     """How many, and the state of those that did not come to their end."""
     states = [run.status for run in arm.runs if run.status != "finished"]
@@ -72,8 +79,7 @@ def _metric(arm: Arm, name: str) -> Cell:
     found = arm.interval(name)
     if found is None:
         return Cell("")
-    mean, half = found
-    return Cell(f"{mean:.4f}" if half is None else with_spread(mean, half), mean)
+    return Cell(mean_text(*found), found[0])
 
 
 def _cost(key: str, value: float | None) -> Cell:
