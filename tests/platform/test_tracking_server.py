@@ -107,10 +107,11 @@ def test_a_browser_shows_the_pair_and_its_curve(server: Server, pair: tuple[Trac
             drawn = "[...document.querySelectorAll('.js-plotly-plot')].flatMap((plot) => plot.data ?? [])"
             return browser.execute_script(f"return {drawn}.map((each) => [[...each.x ?? []], [...each.y ?? []]])")
 
+        def links() -> str:
+            return browser.execute_script("return [...document.querySelectorAll('a')].map((link) => link.href).join()")
+
         browser.get(f"{experiment}/runs/{child.mlflow_run_id}")
-        assert wait_for(lambda: "Parent run" in text(), 60), text()
-        links = [str(link.get_attribute("href")) for link in browser.find_elements("tag name", "a")]
-        assert any(parent.mlflow_run_id in link for link in links)
+        assert wait_for(lambda: "Parent run" in text() and parent.mlflow_run_id in links(), 60), text()
         browser.get(f"{experiment}/runs/{child.mlflow_run_id}/model-metrics")
         assert wait_for(lambda: [[*LOSSES], [*LOSSES.values()]] in traces(), 60), (text(), traces())
         browser.get(f"{experiment}/runs")

@@ -46,7 +46,7 @@ def update_norms(arms: Sequence[Arm]) -> go.Figure | None:
     for row, lines in enumerate(curves.values(), 1):
         for traces in lines:
             figure.add_traces(traces, rows=row, cols=1)
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", dtick="D2")
     return over_training(figure)
 
 
@@ -89,7 +89,7 @@ def retention(arms: Sequence[Arm]) -> go.Figure | None:
     figure.update_layout(
         coloraxis_colorbar={"thickness": 10, "len": 160, "lenmode": "pixels", "y": 1, "yanchor": "top"}
     )
-    figure.update_yaxes(autorange="reversed", type="category")
+    figure.update_yaxes(autorange="reversed", type="category", showgrid=False)
     return over_training(figure)
 
 

@@ -39,7 +39,7 @@ def panels(titles: Sequence[str], height: int = _PANEL, shared: bool = True) -> 
     figure = make_subplots(
         rows=len(titles), cols=1, shared_xaxes=shared, subplot_titles=titles, vertical_spacing=gap / total
     )
-    figure.update_layout(template=None, height=total, showlegend=False, hovermode="closest")
+    figure.update_layout(template=None, height=total, showlegend=False, hovermode="closest", margin_t=32)
     figure.update_annotations(x=0, xanchor="left", yshift=4, font_size=13)
     return figure
 

@@ -141,6 +141,7 @@ def _theme(name: str) -> dict[str, Any]:
         "gridcolor": line,
         "linecolor": line,
         "zeroline": False,
+        "ticks": "",
         "tickfont": {"color": soft},
         "title": {"font": {"color": soft, "size": 12}},
         "automargin": True,
