@@ -35,6 +35,7 @@ from nestling.jobs.runs import runs
 from nestling.jobs.snapshot import snapshot
 from nestling.jobs.status import status
 from nestling.jobs.stream import stream
+from nestling.jobs.sweep import sweep
 from nestling.jobs.tokenizer import tokenizer
 from nestling.jobs.train import train
 from nestling.jobs.ui import ui
@@ -86,6 +87,7 @@ for _verb in (
     compare,
     levels,
     reproduce,
+    sweep,
     ui,
     config,
     doctor,

@@ -7,6 +7,7 @@ Whatever is not exactly what its manifest says is named and left out; the checkp
 from __future__ import annotations
 
 import fcntl
+import secrets
 import shutil
 from collections.abc import Mapping
 from contextlib import suppress
@@ -137,6 +138,31 @@ class Store:
         if problem:
             raise CheckpointError(f"{self.location(checkpoint)}/{file} {problem}")
         return self._place.read(f"{checkpoint.name}/{file}").decode()
+
+    def adopt(self, other: Store, checkpoint: Checkpoint) -> Checkpoint:
+        """Copy a checkpoint from another run's store, verified; one of the same step that is here is replaced.
+
+        Raises:
+            CheckpointError: a file of it is missing or damaged.
+            OSError: a place cannot be read or written.
+        """
+        draft = self.draft(checkpoint.step, secrets.token_hex(4))
+        draft.folder.mkdir(parents=True, exist_ok=True)
+        files = {Path(path).name: path for path in checkpoint.files}  # in a remote place they are below an attempt
+        try:
+            for name, path in files.items():
+                with (draft.folder / name).open("wb") as copy:
+                    problem = other._problem(checkpoint, path, copy)
+                if problem:
+                    raise CheckpointError(f"{other.location(checkpoint)}/{path} {problem}")
+                draft.deliver(name)
+            return draft.commit({name: checkpoint.files[path] for name, path in files.items()}, checkpoint.metric)
+        except BaseException:
+            draft.drop()
+            raise
+        finally:
+            if draft.remote:
+                draft.leave(list(files))
 
     def pin(self, checkpoint: Checkpoint) -> None:
         """Keep a checkpoint whatever `prune` is told.

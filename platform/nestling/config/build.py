@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -19,6 +19,8 @@ from nestling.config.data import MixConfig
 from nestling.config.schema import JobConfig, LevelConfig
 from nestling.config.stream import StreamSourceConfig
 from nestling.models.config import MODEL_CONFIGS, SkeletonConfig
+
+Section = TypeVar("Section")
 
 _WORDS = {
     "int": "a whole number",
@@ -29,6 +31,7 @@ _WORDS = {
     "list[int]": "a list of whole numbers",
     "list[float]": "a list of numbers",
     "list[str]": "a list of texts",
+    "dict[str, Any]": "a mapping",
     "tuple[float, float]": "two numbers, such as [0.9, 0.98]",
 }
 #: Lists of sections, as a person would write them.
@@ -85,8 +88,22 @@ def build(given: Mapping[str, Any]) -> JobConfig:
     job = OmegaConf.structured(JobConfig)
     job.model = OmegaConf.structured(model_class(name))
     _fill(job, job, given, "")
+    config: JobConfig = _made(job)
+    return config
+
+
+def build_section(kind: type[Section], given: Mapping[str, Any]) -> Section:
+    """The same for a configuration that is not a job's: a dataclass whose lists and mappings are typed."""
+    section = OmegaConf.structured(kind)
+    _fill(section, section, given, "")
+    made: Section = _made(section)
+    return made
+
+
+def _made(section: DictConfig) -> Any:
+    """The dataclasses that a filled section stands for."""
     try:
-        config: JobConfig = OmegaConf.to_object(job)  # type: ignore[assignment]
+        return OmegaConf.to_object(section)
     except MissingMandatoryValue as error:
         key = re.sub(r"\[(\d+)\]", r".\1", error.full_key or "")
         raise ConfigError(f"{key}: is missing, and has no default; give a value") from error
@@ -94,7 +111,6 @@ def build(given: Mapping[str, Any]) -> JobConfig:
         raise ConfigError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return config
 
 
 def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
@@ -113,7 +129,7 @@ def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
             _fill(job, section[key], value, full_key)
         elif element is not None and not (value is None and type(None) in get_args(hints[key])):
             if not isinstance(value, list):
-                raise ConfigError(f"{full_key}: got {value!r}, needs a list, for example {_EXAMPLES[element]}")
+                raise ConfigError(f"{full_key}: got {value!r}, needs a list, for example {_example(element)}")
             section[key] = [OmegaConf.structured(element) for _ in value]
             for place, item in enumerate(value):
                 _fill(job, section[key][place], item, f"{full_key}.{place}")
@@ -124,6 +140,10 @@ def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
                 raise ConfigError(
                     f"{full_key}: got {value!r}, needs {_in_words(hints[key], annotations[key])}"
                 ) from error
+
+
+def _example(element: type) -> str:
+    return _EXAMPLES.get(element) or f"[{{{fields(element)[0].name}: ...}}]"
 
 
 def _inside(hint: Any) -> list[Any]:

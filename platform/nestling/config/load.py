@@ -7,7 +7,8 @@ same rules. Whatever is wrong is a `ConfigError` before anything starts.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -33,12 +34,31 @@ def load(job: str | Path, overrides: Sequence[str] = (), streamed: bool | None =
     `job` is a path, or the bare name of a file in `jobs/` of the current folder ("quickstart"); `streamed` says whether
     its data is to be read as a stream, None: as what it is. Raises ConfigError.
     """
-    given = _override(_read(_find(job)), overrides)
+    given = read_job(job, overrides)
     config = build(given)
     _check_tracking(config)
     _check_data(config, streamed)
     _say_what_is_unused(given, config)
     return config
+
+
+def read_job(job: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A job file with overrides as plain mappings, for `build`; nothing is checked yet. Raises ConfigError."""
+    return _override(read_yaml(_find(job)), overrides)
+
+
+def changed(given: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a job's mappings with other values at dotted keys. Raises ConfigError for one that cannot be there."""
+    copy = deepcopy(dict(given))
+    _switch_model(copy, list(changes.items()))
+    for key, value in changes.items():
+        change(copy, key, value)
+    return copy
+
+
+def is_streamed(config: JobConfig) -> bool:
+    """Whether a job learns from a stream by its nature: its data or its steps have no end that is known."""
+    return config.stream.sources is not None or config.training.steps is None or config.data.source.startswith(STREAMS)
 
 
 def to_mapping(config: JobConfig) -> dict[str, Any]:
@@ -106,11 +126,12 @@ def _find(job: str | Path) -> Path:
     raise ConfigError(f"{path}: no such job file; give a path, or the name of a job in ./jobs: {names}")
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "a job file") -> dict[str, Any]:
+    """The mappings in a YAML file, which is `what`. Raises ConfigError."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read as a job file: {error}") from error
+        raise ConfigError(f"{path}: cannot be read as {what}: {error}") from error
     return _parse(text, str(path))
 
 
@@ -131,29 +152,31 @@ def _plain(parsed: Any) -> Any:
 
 def _override(given: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     changes = [parse_override(override) for override in overrides]
-    _switch_model(given, changes)
+    dropped = _switch_model(given, changes)
+    if dropped:
+        keys, before = ", ".join(f"model.{key}" for key in dropped), given["model"].get("name", "hope")
+        name = dict(changes)["model.name"]
+        log.warning("model.name=%s: dropped keys of the job file that only %s has: %s", name, before, keys)
     for key, value in changes:
-        _change(given, key, value)
+        change(given, key, value)
     return given
 
 
-def _switch_model(given: dict[str, Any], changes: list[tuple[str, Any]]) -> None:
-    """If an override changes model.name, drops the file's model keys that the new model does not have, and says so."""
+def _switch_model(given: dict[str, Any], changes: list[tuple[str, Any]]) -> list[str]:
+    """If a change is one of model.name, drops the file's model keys that the new model does not have; returns them."""
     section = given.setdefault("model", {})
     if not isinstance(section, dict):
-        return
+        return []
     before = section.get("name", "hope")
     name = dict(changes).get("model.name", before)
     old, new = ({field.name for field in fields(model_class(each))} for each in (before, name))
     dropped = [key for key in section if key in old - new]
     for key in dropped:
         del section[key]
-    if dropped:
-        keys = ", ".join(f"model.{key}" for key in dropped)
-        log.warning("model.name=%s: dropped keys of the job file that only %s has: %s", name, before, keys)
+    return dropped
 
 
-def _change(given: dict[str, Any], key: str, value: Any) -> None:
+def change(given: dict[str, Any], key: str, value: Any) -> None:
     """Puts an override's value at a dotted key; a list changes in place only where the file has that element."""
     *parents, last = parts = key.split(".")
     node: Any = given
@@ -191,7 +214,7 @@ def _check_data(config: JobConfig, streamed: bool | None) -> None:
 
     data, sources = config.data, config.stream.sources
     if streamed is None:
-        streamed = sources is not None or config.training.steps is None or data.source.startswith(STREAMS)
+        streamed = is_streamed(config)
     if config.training.steps is None and not streamed:
         raise ConfigError("training.steps: got null, which only a stream can have; give a number of steps")
     if sources is not None and not streamed:

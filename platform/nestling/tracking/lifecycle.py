@@ -55,7 +55,7 @@ def start(
 
     Args:
         config: the resolved configuration as plain mappings; recorded as parameters with dotted names.
-        folder: the run's folder.
+        folder: the run's folder; `tracked` in its `run.json` may hold further `tags` and `parameters` of a new run.
         uri: `tracking.uri`; None means the default of a new run (see `resolve_uri`), or where a resumed one was.
         experiment: name of the MLflow experiment, made when it does not exist; a resumed run stays in its own.
         runs_dir: where the default database is; None for the folder that holds the run's.
@@ -164,8 +164,9 @@ def _begin(
             "nestling.run_dir": str(folder.path),
             "mlflow.source.name": "nestling",
         }
-        run = client.create_run(experiment_id, run_name=folder.path.name, tags=tags)
-        log_parameters(client, run.info.run_id, flatten(config))
+        more = folder.info().get("tracked", {})
+        run = client.create_run(experiment_id, run_name=folder.path.name, tags=tags | more.get("tags", {}))
+        log_parameters(client, run.info.run_id, flatten(config) | more.get("parameters", {}))
     except Exception as error:  # as in `finish`
         if isinstance(error, TrackingError):
             raise

@@ -7,7 +7,6 @@ from that where it stood, and its ledger is none the wiser.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -31,6 +30,7 @@ from nestling.evaluation.reading import reading_model
 from nestling.models.fast_state import beyond, leaves
 from nestling.models.sampling import PREFILL
 from nestling.tracking import RunFolder
+from nestling.training.alone import form_group
 from nestling.training.guard import Guard
 from nestling.training.keeper import Keeper
 from nestling.training.loop import TrainingLoop
@@ -244,9 +244,7 @@ def _on_this_machine(config: JobConfig) -> JobConfig:
 def _alone() -> Iterator[None]:
     """What DeepSpeed wants to see of a group of workers, where there is one process."""
     torch.set_num_threads(1)
-    os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    form_group()
     try:
         yield
     finally:

@@ -49,6 +49,7 @@ class TrainingLoop(ABC):
         loss: mean loss of the last step's batch, nats a token.
         refused: why the last step moved nothing; empty if it did.
         stop: whether rank 0 was asked to stop; equal on all ranks.
+        until: a step after which it stops as if it had been asked to.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class TrainingLoop(ABC):
         self.done = self.passed_over = 0
         self.loss, self.gradient_norm, self._rate = math.nan, math.nan, math.nan
         self.refused, self.stop = "", False
+        self.until: float = math.inf
         self.restart_clock()
 
     @abstractmethod
@@ -194,7 +196,7 @@ class TrainingLoop(ABC):
         pieces = list(zip(*(half.tensor_split(count) for half in batch), strict=True))
         # Sum of the losses, predicted tokens, and whether to stop: what all ranks have to know before they move.
         figures = torch.zeros(3, dtype=torch.float64, device=self.device)
-        figures[2] = self.rank == 0 and self._stopping()
+        figures[2] = self.rank == 0 and (self.done >= self.until or self._stopping())
         for place, (inputs, targets) in enumerate(pieces):
             logits = self._logits(inputs)
             total = self._nats(logits, targets)

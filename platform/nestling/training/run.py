@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from nestling.data.preparing import open_tokenizer
 from nestling.models import build
 from nestling.tracking import RunFolder, TrackedRun, finish, followed, start
 from nestling.tracking.client import shown
+from nestling.training.alone import form_group
 from nestling.training.attended import attended, ending
 from nestling.training.changes import CHANGED, take_up
 
@@ -59,6 +62,24 @@ class TrainingError(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Part:
+    """How much of a run is worked off at once, and where, if not all of it by Ray Train's workers.
+
+    Attributes:
+        until: a step after which the run is evaluated, saved and interrupted as if somebody had asked for it; the next
+            `fit` goes on from there.
+        in_process: train in this process, which is the only worker then, and not in one that Ray Train starts.
+    """
+
+    until: float = math.inf
+    in_process: bool = False
+
+
+#: All that is left of a run, by its workers.
+WHOLE = Part()
+
+
+@dataclass(frozen=True)
 class Work:
     """What the workers are to do.
 
@@ -74,7 +95,11 @@ class Work:
 
 
 def fit(
-    config: JobConfig, folder: RunFolder, on_progress: Progress | None = None, on_event: Progress | None = None
+    config: JobConfig,
+    folder: RunFolder,
+    on_progress: Progress | None = None,
+    on_event: Progress | None = None,
+    part: Part = WHOLE,
 ) -> Summary:
     """Train the job in `folder` to its end, from the newest good checkpoint in it if there is one.
 
@@ -85,6 +110,7 @@ def fit(
         folder: the run's folder.
         on_progress: called in another thread with each record of the log as it appears.
         on_event: called in the same way with what happens besides: failures, checkpoints, skipped steps.
+        part: how much of it now, and where.
 
     Raises:
         RunBusyError: the run is being trained already.
@@ -92,7 +118,7 @@ def fit(
         KeyboardInterrupt: passed on after the run was marked as interrupted.
     """
     known = {field.name for field in fields(Summary)} - KNOWN_AT_ONCE
-    return Summary(**drive(config, folder, _on_corpus, known, on_progress, on_event))
+    return Summary(**drive(config, folder, _on_corpus, known, on_progress, on_event, part))
 
 
 def _on_corpus(config: JobConfig, folder: RunFolder, begun: bool) -> Work:
@@ -111,6 +137,7 @@ def drive(
     results: Iterable[str],
     on_progress: Progress | None,
     on_event: Progress | None,
+    part: Part,
     readers: int = 1,
 ) -> dict[str, Any]:
     """A run from its claim to its summary, whatever its workers do; see `fit`.
@@ -127,8 +154,8 @@ def drive(
         try:
             if folder.config.exists():
                 config = take_up(folder, config)
-            _check_levels(config)
-            config = _complete(config)
+            check_levels(config)
+            config = complete(config)
             if not folder.config.exists():  # from here on there is something to resume
                 folder.write_config(to_yaml(config))
             store = _reachable_store(config, folder)
@@ -139,7 +166,7 @@ def drive(
                 work = prepare(config, folder, begun)
                 folder.write_config(to_yaml(config))
                 with followed(folder, on_progress, on_event):
-                    while (result := _train(_on_device(config), work, folder, tracked))["status"] == CHANGED:
+                    while (result := _train(_on_device(config), work, folder, tracked, part))["status"] == CHANGED:
                         config = take_up(folder, config)
                         tracked = start(to_mapping(config), folder, config.tracking.uri, config.tracking.experiment)
             result["checkpoint"] = _newest(store)
@@ -163,7 +190,7 @@ def drive(
                     log.warning("the end of the run cannot be prepared for MLflow: %s", error)
 
 
-def _check_levels(config: JobConfig) -> None:
+def check_levels(config: JobConfig) -> None:
     """Find out before anything starts whether every level has parameters; the model is built without its numbers."""
     import torch
 
@@ -229,7 +256,7 @@ def _on_device(config: JobConfig) -> JobConfig:
     return replace(config, training=replace(training, device="cuda" if gpus >= training.workers else "cpu"))
 
 
-def _complete(config: JobConfig) -> JobConfig:
+def complete(config: JobConfig) -> JobConfig:
     """Fill in the vocabulary, and make all places mean the same in the workers, which run in folders of their own."""
     data, stream, checkpoint, model = config.data, config.stream, config.checkpoint, config.model
     mix = data.mix and [replace(part, source=absolute(part.source)) for part in data.mix]
@@ -266,22 +293,27 @@ def _digest(config: JobConfig) -> str:
     return hashlib.sha256(repr(config.data).encode()).hexdigest()
 
 
-def _train(config: JobConfig, work: Work, folder: RunFolder, tracked: TrackedRun) -> dict[str, Any]:
+def _train(config: JobConfig, work: Work, folder: RunFolder, tracked: TrackedRun, part: Part) -> dict[str, Any]:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     entry: Any = work.entry  # Ray's annotation leaves out that a worker may return something
+    settings = {
+        "config": to_yaml(config),
+        "folder": str(folder.path),
+        **work.settings,
+        "part": part,
+        "tracking_uri": tracked.uri,
+        "mlflow_run_id": tracked.mlflow_run_id,
+    }
+    if part.in_process:
+        form_group()
+        return attended(partial(entry, settings), folder)
     failures = config.training.max_failures
     trainer = TorchTrainer(
         entry,
-        train_loop_config={
-            "config": to_yaml(config),
-            "folder": str(folder.path),
-            **work.settings,
-            "tracking_uri": tracked.uri,
-            "mlflow_run_id": tracked.mlflow_run_id,
-        },
+        train_loop_config=settings,
         scaling_config=ScalingConfig(num_workers=config.training.workers, use_gpu=config.training.device == "cuda"),
         run_config=RunConfig(
             name="ray",

@@ -13,7 +13,7 @@ from nestling.config import JobConfig, from_yaml
 from nestling.data.preparing import open_tokenizer
 from nestling.tracking import RunFolder
 from nestling.training.books import DEAD_LETTERS, LEDGER
-from nestling.training.run import KNOWN_AT_ONCE, Progress, Work, drive
+from nestling.training.run import KNOWN_AT_ONCE, WHOLE, Part, Progress, Work, drive
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,11 @@ class StreamSummary:
 
 
 def learn_stream(
-    config: JobConfig, folder: RunFolder, on_progress: Progress | None = None, on_event: Progress | None = None
+    config: JobConfig,
+    folder: RunFolder,
+    on_progress: Progress | None = None,
+    on_event: Progress | None = None,
+    part: Part = WHOLE,
 ) -> StreamSummary:
     """Learn from a job's stream until it ends, is stopped, or has had `training.steps`; arguments and errors as `fit`.
 
@@ -46,7 +50,7 @@ def learn_stream(
     """
     results = {field.name for field in fields(StreamSummary)} - KNOWN_AT_ONCE
     readers = config.training.workers  # a read task for each worker
-    return StreamSummary(**drive(config, folder, _on_source, results, on_progress, on_event, readers))
+    return StreamSummary(**drive(config, folder, _on_source, results, on_progress, on_event, part, readers))
 
 
 def _on_source(config: JobConfig, folder: RunFolder, begun: bool) -> Work:

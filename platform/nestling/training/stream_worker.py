@@ -36,6 +36,7 @@ def stream_worker(settings: dict[str, Any]) -> dict[str, Any]:
     with at_post(settings) as post:
         config, folder = post.config, post.folder
         training = StreamTraining(config, post.device, post.rank, post.world, folder.stop.exists)
+        training.until = settings["part"].until
         return StreamWorker(training, run_store(config, folder), folder, post.tracker).run()
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from nestling.checkpoint import ResumeError, Store, export_weights, run_store
 from nestling.config import JobConfig, from_yaml
@@ -43,16 +44,16 @@ class Post:
 @contextmanager
 def at_post(settings: dict[str, Any]) -> Iterator[Post]:
     """What every entry point of Ray Train begins with, from the settings that the driver sent."""
-    import ray.train
     import ray.train.torch
 
-    context = ray.train.get_context()
     config, folder = from_yaml(settings["config"]), RunFolder.open(settings["folder"])
-    device = ray.train.torch.get_device() if config.training.device == "cuda" else torch.device("cpu")
-    if device.type == "cpu":
+    device = torch.device("cpu")
+    if config.training.device == "cuda":
+        device = torch.device("cuda", 0) if settings["part"].in_process else ray.train.torch.get_device()
+    else:
         torch.set_num_threads(1)  # two threads on two busy cores were up to 19 times slower
         torch.set_flush_denormal(True)  # a memory that decays to zero gets there five times faster
-    rank, world = context.get_world_rank(), context.get_world_size()
+    rank, world = dist.get_rank(), dist.get_world_size()  # Ray Train's own would not answer inside a trial of Ray Tune
     tracker = Tracker(folder, settings["tracking_uri"], settings["mlflow_run_id"]) if rank == 0 else None
     try:
         yield Post(config, folder, device, rank, world, tracker)
@@ -66,6 +67,7 @@ def train_worker(settings: dict[str, Any]) -> dict[str, Any]:
     with at_post(settings) as post:
         corpus, folder = Corpus.open(settings["corpus"]), post.folder
         training = Training(post.config, corpus, post.device, post.rank, post.world, folder.stop.exists)
+        training.until = settings["part"].until
         return Worker(training, run_store(post.config, folder), folder, post.tracker).run()
 
 
@@ -129,8 +131,8 @@ class Worker:
         """Evaluate, log and save where it is due."""
         training, settings = self.training, self.training.config.training
         step, last = training.done, training.done == settings.last_step
-        record = training.record() if last or step % settings.log_every == 0 else {}
-        if last or _due(step, settings.evaluate_every):
+        record = training.record() if last or training.stop or step % settings.log_every == 0 else {}
+        if last or step == training.until or _due(step, settings.evaluate_every):
             began = time.perf_counter()
             evaluation = training.config.evaluation
             report = self._evaluate(evaluation.final_tokens if last else evaluation.tokens)

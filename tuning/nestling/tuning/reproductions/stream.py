@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -25,6 +24,7 @@ from nestling.data.streams.windows import Plan
 from nestling.evaluation import retention
 from nestling.evaluation.probes import probe_losses
 from nestling.models.hope import mixers
+from nestling.training.alone import form_group
 from nestling.training.stream_loop import StreamTraining
 from nestling.tuning.reproductions.experiment import Outcome
 
@@ -86,9 +86,7 @@ class Stream:
 
 class _Run:
     def __init__(self, config: JobConfig, held: Sequence[Record]) -> None:
-        if not torch.distributed.is_initialized():  # the training expects a group, and DeepSpeed its rank in it
-            os.environ.setdefault("LOCAL_RANK", "0")
-            torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+        form_group()
         self.training = StreamTraining(config, torch.device("cpu"), 0, 1)
         self._tokenizer, self._length = Tokenizer.bytes(), config.data.sequence_length
         self._rows = config.training.batch_tokens // self._length

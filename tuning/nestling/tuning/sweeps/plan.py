@@ -1,0 +1,72 @@
+"""A sweep as it can be run: its settings, its job, its arms; and its folder, from which all that comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from nestling.config import ConfigError
+from nestling.config.build import build_section
+from nestling.config.load import read_yaml
+from nestling.tracking import RunFolder
+from nestling.tuning.sweeps.arms import Arm, Arms
+from nestling.tuning.sweeps.config import SweepConfig
+
+JOB = "job.yaml"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that can be run: what `load_sweep` gave, its job, and the command that a person typed."""
+
+    sweep: SweepConfig
+    arms: Arms
+    command: str
+    #: All arms, but with Optuna, which draws them on the way.
+    fixed: list[Arm] | None
+    #: Why points of the space are no arms.
+    refused: list[str]
+
+    @property
+    def trials(self) -> int:
+        """Trials in all."""
+        return self.sweep.trials or len(self.fixed or ()) * self.sweep.seeds
+
+
+def make_plan(sweep: SweepConfig, given: Mapping[str, Any], command: str) -> Plan:
+    """Find the arms of a sweep; torch is imported, nothing started.
+
+    Raises:
+        ConfigError: the job or the space cannot be, or there is nothing in it.
+    """
+    arms = Arms(sweep, given)
+    arms.check()
+    if sweep.scheduler == "pbt":
+        from nestling.tuning.sweeps.schedule import check_population
+
+        check_population(sweep, arms)
+    if sweep.searcher == "optuna":
+        return Plan(sweep, arms, command, None, [])
+    fixed, refused = arms.grid() if sweep.searcher == "grid" else arms.drawn(sweep.budget.trials or 0)
+    if not fixed:
+        raise ConfigError(f"space: no arm is possible; the first one is refused: {refused[0]}")
+    return Plan(sweep, arms, command, fixed, refused)
+
+
+def make_folder(runs_dir: Path, plan: Plan) -> RunFolder:
+    """A new folder `sweeps/NAME-ID` in the runs folder, from which the sweep can be resumed."""
+    folder = RunFolder.create(runs_dir / "sweeps", plan.sweep.name)
+    (folder.path / JOB).write_text(OmegaConf.to_yaml(OmegaConf.create(plan.arms.given)), encoding="utf-8")
+    folder.write_config(OmegaConf.to_yaml(OmegaConf.create(asdict(plan.sweep) | {"command": plan.command})))
+    return folder
+
+
+def open_plan(folder: RunFolder) -> Plan:
+    """The plan of a sweep that was begun; ConfigError if its folder does not hold one."""
+    given = read_yaml(folder.config, "a sweep")
+    command = given.pop("command", "")
+    return make_plan(build_section(SweepConfig, given), read_yaml(folder.path / JOB), command)
