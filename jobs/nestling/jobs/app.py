@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from nestling.jobs.adapt import adapt
+from nestling.jobs.best import best
 from nestling.jobs.compare import compare
 from nestling.jobs.config import config
 from nestling.jobs.doctor import doctor
@@ -88,6 +89,7 @@ for _verb in (
     levels,
     reproduce,
     sweep,
+    best,
     ui,
     config,
     doctor,

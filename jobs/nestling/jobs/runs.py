@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.table import Table
 
 from nestling.jobs.arguments import AsJson, RunDir, runs_dir
@@ -14,15 +15,23 @@ KEYS = ("run_id", "name", "status", "steps", "tokens", "heldout_bits_per_byte")
 
 
 @verb("runs")
-def runs(overrides: RunDir = None, as_json: AsJson = False) -> dict[str, Any]:
+def runs(
+    overrides: RunDir = None,
+    trials: Annotated[bool, typer.Option("--trials", help="Also the trials of sweeps.")] = False,
+    as_json: AsJson = False,
+) -> dict[str, Any]:
     """List the runs, the newest last."""
     folder = runs_dir(overrides)
-    found = [{key: info.get(key) for key in KEYS} for info in (run.reached() for run in list_runs(folder))]
+    everything = [run.reached() for run in list_runs(folder)]
+    shown = [info for info in everything if trials or "sweep" not in info]
+    found = [{key: info.get(key) for key in KEYS} for info in shown]
     if not as_json:
         if found:
             print_table(_table(found))
         else:
             say(f"no runs in {folder.resolve()}; nestling train quickstart makes one")
+        if hidden := len(everything) - len(shown):
+            say(f"{hidden} trials of sweeps are left out; --trials shows them")
     return {"runs": found}
 
 

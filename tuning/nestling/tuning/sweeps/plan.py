@@ -11,10 +11,11 @@ from omegaconf import OmegaConf
 
 from nestling.config import ConfigError
 from nestling.config.build import build_section
-from nestling.config.load import read_yaml
+from nestling.config.load import changed, is_streamed, read_yaml
 from nestling.tracking import RunFolder
 from nestling.tuning.sweeps.arms import Arm, Arms
 from nestling.tuning.sweeps.config import SweepConfig
+from nestling.tuning.sweeps.outcome import trial_folders
 
 JOB = "job.yaml"
 
@@ -44,6 +45,11 @@ def make_plan(sweep: SweepConfig, given: Mapping[str, Any], command: str) -> Pla
         ConfigError: the job or the space cannot be, or there is nothing in it.
     """
     arms = Arms(sweep, given)
+    if sweep.budget.unit == "seconds" and (arms.job.training.workers > 1 or is_streamed(arms.job)):
+        raise ConfigError(
+            "budget.seconds: how long a step takes is measured in one process on a corpus; needs "
+            "training.workers=1 and a job that is no stream, or budget.tokens"
+        )
     arms.check()
     if sweep.scheduler == "pbt":
         from nestling.tuning.sweeps.schedule import check_population
@@ -65,8 +71,29 @@ def make_folder(runs_dir: Path, plan: Plan) -> RunFolder:
     return folder
 
 
+def open_sweep(folder: RunFolder) -> SweepConfig:
+    """The settings of a sweep that was begun; ConfigError if its folder does not hold them."""
+    given = read_yaml(folder.config, "a sweep")
+    given.pop("command", None)
+    return build_section(SweepConfig, given)
+
+
 def open_plan(folder: RunFolder) -> Plan:
     """The plan of a sweep that was begun; ConfigError if its folder does not hold one."""
-    given = read_yaml(folder.config, "a sweep")
-    command = given.pop("command", "")
-    return make_plan(build_section(SweepConfig, given), read_yaml(folder.path / JOB), command)
+    command = read_yaml(folder.config, "a sweep").get("command", "")
+    return make_plan(open_sweep(folder), read_yaml(folder.path / JOB), command)
+
+
+def best_job(folder: RunFolder, arm: str) -> dict[str, Any]:
+    """The job of an arm of a sweep as the mappings of a job file.
+
+    Raises:
+        ConfigError: no trial of it has begun.
+    """
+    runs = trial_folders(folder.path.parent.parent, folder.run_id)
+    found = next((run for (label, _), run in sorted(runs.items()) if label == arm), None)
+    if found is None:
+        raise ConfigError(f"sweep {folder.run_id} ({folder.name}) has no run of the arm {arm}; were its runs removed?")
+    job = changed(read_yaml(folder.path / JOB), found.info()["changes"])
+    job["run"] = {"name": f"{folder.name}-best"}
+    return job

@@ -91,7 +91,12 @@ def member_plan(arm: Arm, label: str, seed: int) -> dict[str, Any]:
 
 
 def check_population(sweep: SweepConfig, arms: Arms) -> None:
-    """Raises ConfigError if something varies that cannot change in the middle of a run."""
+    """Raises ConfigError if something varies that cannot change in the middle of a run, or trials have many workers."""
+    if arms.job.training.workers > 1:
+        raise ConfigError(
+            f"training.workers: got {arms.job.training.workers}; with scheduler=pbt all members are there at once and "
+            "would wait for each other's workers: needs training.workers=1"
+        )
     for dimension in arms.space.dimensions:
         if not dimension.varies:
             continue

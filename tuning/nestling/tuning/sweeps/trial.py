@@ -72,6 +72,7 @@ def run_trial(setup: Setup, plan: Mapping[str, Any]) -> None:
         return
     folder = _folder(setup, sweep, plan)
     try:
+        plan = _bounded(setup, sweep, plan, folder)
         with _stopping(sweep, folder):
             _train(setup, plan, folder)
     except KeyboardInterrupt:
@@ -90,12 +91,24 @@ def job_of_trial(setup: Setup, plan: Mapping[str, Any]) -> JobConfig:
     return replace(config, run=replace(config.run, name=name, dir=str(setup.runs_dir)))
 
 
+def _bounded(setup: Setup, sweep: RunFolder, plan: Mapping[str, Any], folder: RunFolder) -> Mapping[str, Any]:
+    """The plan with its steps, which a budget in seconds leaves open."""
+    if setup.seconds is None:
+        return plan
+    from nestling.tuning.sweeps.speed import affordable_steps
+
+    config = job_of_trial(setup, plan)
+    steps = affordable_steps(plan["label"], config, setup.seconds, sweep.path / "steps.json")
+    changes = {**plan["changes"], "training.steps": steps}
+    folder.update(changes=changes)
+    return {**plan, "changes": changes}
+
+
 def _train(setup: Setup, plan: Mapping[str, Any], folder: RunFolder) -> None:
     from ray import tune
 
     config = job_of_trial(setup, plan)
-    if setup.population:
-        _take_over(config, folder)
+    decided = max(setup.decided, _take_up(config, folder) if setup.population else 0.0)
     steps = int(config.training.last_step)
     for share in (*setup.shares, 1.0):
         stop = math.ceil(share * steps)
@@ -112,7 +125,7 @@ def _train(setup: Setup, plan: Mapping[str, Any], folder: RunFolder) -> None:
             _record(folder, cost, report)
             tune.report(report)
             return
-        if share <= setup.decided:
+        if share <= decided:
             continue
         report[SHARE] = share
         if setup.population:
@@ -188,15 +201,19 @@ def _stopping(sweep: RunFolder, folder: RunFolder) -> Iterator[None]:
         thread.join()
 
 
-def _take_over(config: JobConfig, folder: RunFolder) -> None:
-    """If the scheduler has given this trial another one's checkpoint, put it in the place of its own."""
+def _take_up(config: JobConfig, folder: RunFolder) -> float:
+    """Take up what the scheduler has decided: maybe to go on from another trial's checkpoint, in the place of its own.
+
+    Returns:
+        The share after which that was decided; 0 before the first time.
+    """
     from ray import tune
 
     from nestling.training.takeover import take_over
 
     pointer = tune.get_checkpoint()
     if pointer is None:
-        return
+        return 0.0
     with pointer.as_directory() as place:
         content = json.loads(Path(place, _POINTER).read_text())
     origin = [content["run"], content["step"]]
@@ -204,6 +221,7 @@ def _take_over(config: JobConfig, folder: RunFolder) -> None:
     if donor.path != folder.path and folder.info().get("origin") != origin:
         take_over(donor, content["step"], folder, config)
         folder.update(origin=origin)
+    return float(content[SHARE])
 
 
 def _report_with_pointer(config: JobConfig, folder: RunFolder, report: dict[str, Any]) -> None:
@@ -219,7 +237,9 @@ def _report_with_pointer(config: JobConfig, folder: RunFolder, report: dict[str,
         if checkpoint.step in sorted(store.pinned())[:-2]:
             store.unpin(checkpoint)
     with tempfile.TemporaryDirectory() as place:
-        Path(place, _POINTER).write_text(json.dumps({"run": str(folder.path), "step": newest.step}))
+        Path(place, _POINTER).write_text(
+            json.dumps({"run": str(folder.path), "step": newest.step, SHARE: report[SHARE]})
+        )
         tune.report(report, checkpoint=tune.Checkpoint.from_directory(place))
 
 

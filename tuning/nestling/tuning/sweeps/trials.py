@@ -61,6 +61,8 @@ def run_trials(
         run_trial(setup, config["plan"])
 
     searched: dict[str, Any] = {"scheduler": scheduler(sweep, plan.arms)}
+    if sweep.scheduler != "pbt":  # a population must be there as a whole before it is compared
+        searched["max_concurrent_trials"] = at_once
     space: dict[str, Any] | None = None
     if sweep.searcher == "optuna":
         from nestling.tuning.sweeps.search import OptunaArms
@@ -74,7 +76,7 @@ def run_trials(
     tune.Tuner(
         tune.with_resources(trial, resources),
         param_space=space,
-        tune_config=tune.TuneConfig(reuse_actors=True, max_concurrent_trials=at_once, **searched),
+        tune_config=tune.TuneConfig(reuse_actors=True, **searched),
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(folder.path),
