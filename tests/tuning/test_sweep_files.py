@@ -131,3 +131,9 @@ def test_the_ready_sweeps_have_arms(file: Path, monkeypatch: pytest.MonkeyPatch)
     found = plan(load_sweep(file, quick=True))
     assert found.fixed is not None and len(found.fixed) >= 3
     assert not [reason for reason in found.refused if "is there already" not in reason]
+
+
+def test_the_arm_that_is_the_job_itself_is_known(sweep: Any) -> None:
+    found = plan(sweep("space: {model.chunk_size: [8, 16]}\nbudget: {tokens: 2560}\n"))
+    assert found.default == "chunk_size 16"
+    assert plan(sweep("space: {model.chunk_size: [8, 32]}\nbudget: {tokens: 2560}\n")).default is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import traceback
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from nestling.config import ConfigError, JobConfig, RunConfig, load
-from nestling.config.load import read_job
+from nestling.config.load import changed, read_job
 from nestling.jobs.arguments import AsJson, need_writable, runs_dir
 from nestling.jobs.output import (
     FAILED,
@@ -111,19 +112,20 @@ def found_sweep(reference: str, overrides: list[str]) -> RunFolder:
 
 def _read(file: str, overrides: list[str], quick: bool) -> tuple[Any, dict[str, Any], JobConfig]:
     """The sweep, its job as mappings, and that job checked as a whole: its data, its tokenizer, its tracking."""
-    from nestling.config.load import change
     from nestling.tuning.sweeps import load_sweep
 
     config = load_sweep(file, overrides, quick)
-    given = read_job(config.job)
-    for key, value in config.overrides.items():
-        change(given, key, value)
+    given = changed(read_job(config.job), config.overrides)
     given.setdefault("run", {}).setdefault("dir", RunConfig().dir)
     try:
-        job = load(config.job, [f"{key}={value}" for key, value in config.overrides.items()])
+        job = load(config.job, [f"{key}={_text(value)}" for key, value in config.overrides.items()])
     except ConfigError as error:
         raise ConfigError(f"job {config.job}: {error}") from error
     return config, given, job
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _command(file: str, overrides: list[str], quick: bool) -> str:

@@ -142,7 +142,7 @@ def _fill(job: DictConfig, section: DictConfig, given: Any, path: str) -> None:
                 ) from error
 
 
-def _example(element: type) -> str:
+def _example(element: Any) -> str:
     return _EXAMPLES.get(element) or f"[{{{fields(element)[0].name}: ...}}]"
 
 

@@ -106,6 +106,11 @@ class Arms:
     def _built(self, changes: Mapping[str, Any]) -> JobConfig:
         return _with_vocabulary(build(changed(self.given, changes)))
 
+    def is_job(self, arm: Arm) -> bool:
+        """Whether an arm is the sweep's job as it stands, but for its steps."""
+        steps = {key: value for key, value in arm.changes.items() if key == "training.steps"}
+        return self._built(arm.changes) == self._built(steps)
+
     def check(self) -> None:
         """Raises ConfigError, naming it, if a key or value of the space is in no arm."""
         generator = random.Random(self._sweep.draw_seed)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from nestling.tracking import RunFolder
-from nestling.tracking.files import cut_half_line
 from nestling.tracking.runs import list_runs
 
 #: Objectives that a run logs, by the keys of its log.
@@ -55,7 +54,6 @@ class Lines:
 
     def __init__(self, folder: RunFolder) -> None:
         self.path = folder.path / "trials.jsonl"
-        cut_half_line(self.path)
 
     def append(self, outcome: Outcome) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,13 @@ class Plan:
         """Trials in all."""
         return self.sweep.trials or len(self.fixed or ()) * self.sweep.seeds
 
+    @property
+    def default(self) -> str | None:
+        """Label of the arm that is the job itself, if there is one; members of a population have other names."""
+        if self.sweep.scheduler == "pbt":
+            return None
+        return next((arm.label for arm in self.fixed or () if self.arms.is_job(arm)), None)
+
 
 def make_plan(sweep: SweepConfig, given: Mapping[str, Any], command: str) -> Plan:
     """Find the arms of a sweep; torch is imported, nothing started.
@@ -67,15 +74,16 @@ def make_folder(runs_dir: Path, plan: Plan) -> RunFolder:
     """A new folder `sweeps/NAME-ID` in the runs folder, from which the sweep can be resumed."""
     folder = RunFolder.create(runs_dir / "sweeps", plan.sweep.name)
     (folder.path / JOB).write_text(OmegaConf.to_yaml(OmegaConf.create(plan.arms.given)), encoding="utf-8")
-    folder.write_config(OmegaConf.to_yaml(OmegaConf.create(asdict(plan.sweep) | {"command": plan.command})))
+    settings = asdict(plan.sweep) | {"command": plan.command, "default": plan.default}
+    folder.write_config(OmegaConf.to_yaml(OmegaConf.create(settings)))
     return folder
 
 
 def open_sweep(folder: RunFolder) -> SweepConfig:
     """The settings of a sweep that was begun; ConfigError if its folder does not hold them."""
     given = read_yaml(folder.config, "a sweep")
-    given.pop("command", None)
-    return build_section(SweepConfig, given)
+    known = {each.name for each in fields(SweepConfig)}
+    return build_section(SweepConfig, {key: value for key, value in given.items() if key in known})
 
 
 def open_plan(folder: RunFolder) -> Plan:

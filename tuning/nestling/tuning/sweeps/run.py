@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -21,11 +22,14 @@ from nestling.data import prepare
 from nestling.tracking import RunFolder, TrackedRun, finish, start
 from nestling.tracking.client import connect, reason
 from nestling.training.attended import attended
-from nestling.tuning.sweeps.outcome import Lines, Outcome
+from nestling.tuning.sweeps.outcome import Lines, Outcome, trial_folders
 from nestling.tuning.sweeps.plan import Plan
 from nestling.tuning.sweeps.report import Found, report
 
 log = logging.getLogger(__name__)
+
+#: Seconds that the processes of an earlier driver have to end.
+PATIENCE = 60.0
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def run_sweep(plan: Plan, folder: RunFolder, tell: Callable[[Outcome], None]) ->
         folder.update(status="running", finished=None, trials=plan.trials)
         status, tracked = "failed", None
         try:
+            _wait_for_the_last(folder, runs_dir)
             tracked = _start(plan, folder, runs_dir)
             _run(plan, folder, runs_dir, tracked, tell)
             found = report(folder, runs_dir, plan.sweep)
@@ -76,6 +81,14 @@ def run_sweep(plan: Plan, folder: RunFolder, tell: Callable[[Outcome], None]) ->
             folder.update(status=status)
             if tracked is not None:
                 finish(tracked, folder, status)
+
+
+def _wait_for_the_last(folder: RunFolder, runs_dir: Path) -> None:
+    """Trials of a driver that was killed may live on for some seconds, and nobody else can train their runs."""
+    end = time.monotonic() + PATIENCE
+    for run in trial_folders(runs_dir, folder.run_id).values():
+        while run.claimed and time.monotonic() < end:
+            time.sleep(0.5)
 
 
 def _start(plan: Plan, folder: RunFolder, runs_dir: Path) -> TrackedRun:

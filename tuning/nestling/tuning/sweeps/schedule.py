@@ -34,14 +34,11 @@ def scheduler(sweep: SweepConfig, arms: Arms) -> TrialScheduler:
     objective = sweep.objectives[0]
     first = next(iter(shares(sweep)), 1.0)
     if sweep.scheduler == "asha":
-        return AsyncHyperBandScheduler(
-            time_attr=SHARE,
-            metric=objective.metric,
-            mode=objective.mode,
-            grace_period=0.999 * first,  # a little less: shares are rounded numbers
-            max_t=1 + first / 2,  # nothing is decided about a trial that is at its end
-            reduction_factor=sweep.asha.factor,
-        )
+        # Ray's annotations ask for whole numbers, its arithmetic does not. The first rung is a little earlier than its
+        # share, which is a rounded number; nothing is decided about a trial that is at its end.
+        clock: dict[str, Any] = {"time_attr": SHARE, "grace_period": 0.999 * first, "max_t": 1 + first / 2}
+        factor = sweep.asha.factor
+        return AsyncHyperBandScheduler(metric=objective.metric, mode=objective.mode, reduction_factor=factor, **clock)
     if sweep.scheduler == "pbt":
         return Population(sweep, arms)
     return FIFOScheduler()

@@ -66,7 +66,7 @@ class OptunaArms(Searcher):
     def set_search_properties(self, metric: str | None, mode: str | None, config: dict[str, Any], **spec: Any) -> bool:
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         if not self._plans and len(self._results) < (self._sweep.budget.trials or 0):
             self._ask()
         if not self._plans:

@@ -12,6 +12,7 @@ from ray import tune
 
 from nestling.checkpoint import run_store
 from nestling.tracking import RunFolder
+from nestling.tracking.files import cut_half_line
 from nestling.training.resume import job_of
 from nestling.tuning.sweeps.outcome import Lines, Outcome, costs, measured, trial_folders
 from nestling.tuning.sweeps.plan import Plan
@@ -26,7 +27,7 @@ def run_trials(
     parent: str,
     tell: Callable[[Outcome], None],
     at_once: int,
-    resources: Mapping[str, float],
+    resources: dict[str, float],
 ) -> None:
     """Run the trials that have not ended yet.
 
@@ -135,6 +136,7 @@ class Ended(tune.Callback):
         self._metrics = [objective.metric for objective in plan.sweep.objectives]
         self._folder, self._runs_dir, self._tell = folder, runs_dir, tell
         self._lines = Lines(folder)
+        cut_half_line(self._lines.path)
 
     def __reduce__(self) -> Any:
         """Ray Tune keeps a copy of its own, which nobody reads: a sweep is resumed without it."""
