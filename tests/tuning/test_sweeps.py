@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from nestling.config import load
 from nestling.config.load import changed, read_job
+from nestling.jobs.app import app
 from nestling.tracking import RunFolder
 from nestling.tracking.client import connect
 from nestling.tuning.sweeps import load_sweep
 from nestling.tuning.sweeps.outcome import Lines, Outcome, trial_folders
-from nestling.tuning.sweeps.plan import best_job, make_folder, make_plan, open_plan
+from nestling.tuning.sweeps.plan import make_folder, make_plan, open_plan
 from nestling.tuning.sweeps.run import Result, run_sweep
 
 JOB: dict[str, Any] = {
@@ -27,6 +30,7 @@ JOB: dict[str, Any] = {
     "levels": [{"width": 8, "period": 1}, {"width": 8, "period": 2}],
     "training": {"batch_tokens": 128, "warmup_steps": 2, "checkpoint_every": 5, "evaluate_every": 0},
     "evaluation": {"tokens": 1024, "final_tokens": 1024},
+    "checkpoint": {"keep": 9},
 }
 GRID: dict[str, Any] = {"space": {"training.learning_rate": [3e-3, 1e-6]}, "seeds": 2, "budget": {"tokens": 2560}}
 
@@ -86,8 +90,22 @@ def test_a_grid_trains_every_arm_with_every_seed_and_a_broken_one_fails_alone(gr
     assert result.found.best is not None and "learning_rate 0.003" in result.found.best
     runs = trial_folders(runs_dir, folder.run_id)
     assert set(runs) == set(outcomes)
-    best = best_job(folder, result.found.best)
-    assert best["training"]["learning_rate"] == 3e-3 and best["training"]["steps"] == 20
+
+
+def test_the_winner_is_a_job_file_and_trials_are_no_clutter(grid: Any, runs_dir: Path, tmp_path: Path) -> None:
+    folder, result, _ = grid
+    place = f"run.dir={runs_dir}"
+    printed = CliRunner().invoke(app, ["best", folder.run_id, place])
+    assert printed.exit_code == 0
+    (tmp_path / "best.yaml").write_text(printed.stdout)
+    job = load(tmp_path / "best.yaml")
+    assert (job.training.learning_rate, job.training.steps, job.run.name) == (3e-3, 20, "grid-best")
+    listed = [
+        json.loads(CliRunner().invoke(app, ["runs", place, "--json", *more]).stdout) for more in ([], ["--trials"])
+    ]
+    shown, everything = ({run["run_id"] for run in each["runs"]} for each in listed)
+    trials = {each.run_id for each in trial_folders(runs_dir, folder.run_id).values()}
+    assert trials <= everything and not trials & shown
 
 
 def test_trials_are_children_of_the_sweep_in_mlflow(grid: Any, runs_dir: Path) -> None:
@@ -145,11 +163,10 @@ def test_optuna_asks_for_possible_arms_and_is_told_the_mean_over_the_seeds(
     assert (result.completed, len(result.failed)) == (3 * seeds, 0)
     study = optuna.load_study(study_name="optuna", storage=f"sqlite:///{folder.path / 'optuna.db'}")
     told = [trial for trial in study.trials if trial.state == optuna.trial.TrialState.COMPLETE]
-    means = [
-        [sum(each.objectives[metric] for each in outcomes.values() if each.arm == arm) / seeds for metric in metrics]
-        for arm in {each.arm for each in outcomes.values()}
-    ]
-    assert sorted(trial.values for trial in told) == pytest.approx(sorted(means))
+    arms = {each.arm for each in outcomes.values()}
+    for place, metric in enumerate(metrics):
+        means = [sum(e.objectives[metric] for e in outcomes.values() if e.arm == arm) / seeds for arm in arms]
+        assert sorted(trial.values[place] for trial in told) == pytest.approx(sorted(means))
     assert not any(trial.params["model.width"] == "12" and trial.params["model.heads"] == "8" for trial in told)
 
 

@@ -122,7 +122,9 @@ def _train(setup: Setup, plan: Mapping[str, Any], folder: RunFolder) -> None:
         )
         report |= {STATE: "finished" if ended else "running", "tokens": cost["tokens"]}
         if share == 1.0 or ended:
-            _record(folder, cost, report)
+            if folder.info().get("cost") != cost:  # else it had ended before
+                _record(folder, cost, report)
+                folder.update(cost=cost)
             tune.report(report)
             return
         if share <= decided:
