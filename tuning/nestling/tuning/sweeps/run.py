@@ -118,7 +118,7 @@ def _run(plan: Plan, folder: RunFolder, runs_dir: Path, tracked: TrackedRun, tel
             at_once = max(1, min(at_once, gpus // workers))
         if not is_streamed(plan.arms.job):
             prepare(plan.arms.job.data, runs_dir / "cache")  # before there are trials that would all do it
-        resources = {"CPU": 1, "GPU": 1 if on_gpu and workers == 1 else 0}
+        resources = {"CPU": 1.0, "GPU": float(on_gpu and workers == 1)}
         work = partial(run_trials, plan, folder, runs_dir, tracked.mlflow_run_id, tell, at_once, resources)
         attended(work, folder)
     if folder.stop.exists():
