@@ -236,7 +236,9 @@ def test_a_sweep_whose_driver_was_killed_comes_to_the_same_results(
     result = run_sweep(open_plan(folder), folder, lambda outcome: None)
     assert result.completed == 4
     undisturbed = {
-        (key[0].split("; ")[0], key[1]): value for key, value in without_time(grid[2]).items() if value[0] == "finished"
+        (key[0].split("; ")[-1], key[1]): value
+        for key, value in without_time(grid[2]).items()
+        if value[0] == "finished"
     }
     assert without_time(Lines(folder).outcomes()) == undisturbed
     for run_id, changed_at in finished.items():
