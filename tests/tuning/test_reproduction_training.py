@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from nestling.models import build
 from nestling.models.hope import mixers
-from nestling.tasks import IGNORE, Examples, Metric, Mixture, Task, generator
+from nestling.tasks import IGNORE, Examples, Metric, Mixture, Mqar, Task, generator
 from nestling.tuning.reproductions.recipe import Recipe
 from nestling.tuning.reproductions.text import SEPARATOR, Text, stream, text_bytes
 from nestling.tuning.reproductions.training import Training, _groups
@@ -71,17 +71,17 @@ def test_stages_come_before_the_task() -> None:
     seen: list[tuple[int, int]] = []
     first, then = Copy(shift=1, seen=seen), Copy(seen=seen)
     Training(then, TRANSFORMER, Recipe(steps=7, batch=4), stages=((3, first),))(0)
-    assert seen == [(0, 128), *[(1, 4)] * 3, *[(0, 4)] * 4, (0, 20)]
+    assert seen == [(0, 128), (1, 128), *[(1, 4)] * 3, *[(0, 4)] * 4, (0, 20)]  # validations, training, the test
 
 
-def test_a_stage_that_is_learnt_is_left_early() -> None:
-    recipe = Recipe(steps=800, batch=16, learning_rate=1e-2, check_every=20, enough=1.0)
-    outcome = Training(Copy(), TRANSFORMER, recipe, stages=((400, Copy(shift=1)),))(0)
-    steps, last = outcome.details["steps"], outcome.details["losses"][-1][0]
-    assert outcome.details["stopped"] == "enough" and 400 < last < 800 and steps < 400
-    assert outcome.tokens == steps * 16 * 8
-    never = Training(Copy(), TRANSFORMER, replace(recipe, steps=60, enough=1.1), stages=((40, Copy(shift=1)),))(0)
-    assert never.details["stopped"] == "steps" and never.details["steps"] == 60
+@pytest.mark.parametrize(("enough", "easy_steps"), [(0.0, 2), (2.0, 6)], ids=["learnt at the first look", "never"])
+def test_a_stage_that_is_learnt_leaves_its_steps_to_the_next(enough: float, easy_steps: int) -> None:
+    """And short sequences come in larger batches: 4 of 4 tokens, 3 of 8."""
+    easy, task = Mqar(pairs=1, length=4, test_examples=4), Mqar(pairs=1, length=8, test_examples=4)
+    recipe = Recipe(steps=10, batch=3, batch_tokens=16, check_every=2, stage_enough=enough)
+    outcome = Training(task, TRANSFORMER, recipe, ((6, easy),))(0)
+    assert (outcome.details["stopped"], outcome.details["steps"]) == ("steps", 10)
+    assert outcome.tokens == easy_steps * 16 + (10 - easy_steps) * 24
 
 
 def test_what_diverges_is_no_number() -> None:

@@ -17,7 +17,7 @@ from matplotlib import image
 
 from nestling.models import MODEL_CONFIGS
 from nestling.optim import COMPONENTS
-from nestling.tasks import Mixture, Mqar, Task
+from nestling.tasks import Mixture, Task
 from nestling.tracking.client import connect
 from nestling.tuning.reproductions import NAMES, Arm, Experiment, Outcome, Trial, Work, experiment, sizes
 from nestling.tuning.reproductions.engine import Failure, Progress, run_trials
@@ -196,17 +196,6 @@ def tiny(work: Work) -> Work:
     if isinstance(small, LongContext):
         return replace(small, domain="unicode", lengths=(512, 1024), trials=1, depths=(0.5,))
     return replace(small, task=tiny_task(small.task), stages=tuple((1, tiny_task(task)) for _, task in small.stages))
-
-
-@pytest.mark.parametrize(("enough", "easy_steps"), [(0.0, 2), (2.0, 6)], ids=["learnt at the first look", "never"])
-def test_a_stage_that_is_learnt_leaves_its_steps_to_the_next(enough: float, easy_steps: int) -> None:
-    """And short sequences come in larger batches: 4 of 4 tokens, 3 of 8."""
-    easy, task = Mqar(pairs=1, length=4, test_examples=4), Mqar(pairs=1, length=8, test_examples=4)
-    recipe = Recipe(steps=10, batch=3, batch_tokens=16, check_every=2, stage_enough=enough)
-    model = {"name": "linear_attention", "width": 16, "layers": 1, "heads": 1}
-    outcome = Training(task, model, recipe, ((6, easy),))(0)
-    assert outcome.details["steps"] == 10
-    assert outcome.tokens == easy_steps * 16 + (10 - easy_steps) * 24
 
 
 def one_arm_a_model(plan: Experiment) -> Experiment:

@@ -20,13 +20,13 @@ def best(
 ) -> dict[str, Any]:
     """Print the best configuration of a sweep as a job file: nestling best NAME > best.yaml."""
     folder = found_sweep(name, overrides or [])
-    from nestling.tuning.sweeps.plan import best_job, open_sweep
+    from nestling.tuning.sweeps.plan import best_job
     from nestling.tuning.sweeps.report import report
 
     info = folder.info()
     arm, answer = info.get("best"), info.get("answer")
     if arm is None:  # it has not come to its end
-        found = report(folder, folder.path.parent.parent, open_sweep(folder))
+        found = report(folder, folder.path.parent.parent)
         arm, answer = found.best, found.answer
     if arm is None:
         raise Stop(f"sweep {folder.run_id} ({folder.name}): {answer}, so there is no best one", FAILED)

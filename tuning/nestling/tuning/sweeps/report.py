@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from nestling.tracking import RunFolder
-from nestling.tuning.sweeps.config import SweepConfig
-from nestling.tuning.sweeps.outcome import Lines
+from nestling.tuning.comparison import ComparisonError, sweep_report
 
 
 @dataclass(frozen=True)
@@ -29,20 +26,10 @@ class Found:
     figures: dict[str, Path] = field(default_factory=dict)
 
 
-def report(folder: RunFolder, runs_dir: Path, sweep: SweepConfig) -> Found:
-    """Compare the trials of a sweep."""
-    return _means(folder, sweep)
-
-
-def _means(folder: RunFolder, sweep: SweepConfig) -> Found:
-    objective = sweep.objectives[0]
-    values: dict[str, list[float]] = defaultdict(list)
-    for outcome in Lines(folder).outcomes().values():
-        if outcome.state == "finished" and objective.metric in outcome.objectives:
-            values[outcome.arm].append(outcome.objectives[objective.metric])
-    if not values:
-        return Found("no trial came to its end", None)
-    means = {arm: statistics.fmean(some) for arm, some in values.items()}
-    best = (min if objective.mode == "min" else max)(means, key=lambda arm: means[arm])
-    said = f"the best mean {objective.metric} is {means[best]:.4g}, of {best}, over {len(values[best])} seeds"
-    return Found(said, best)
+def report(folder: RunFolder, runs_dir: Path) -> Found:
+    """Compare the trials of a sweep, as far as they have ended."""
+    try:
+        made = sweep_report(folder, runs_dir)
+    except ComparisonError as error:
+        return Found(str(error), None)
+    return Found(made.answer, made.best, made.page, made.figures)

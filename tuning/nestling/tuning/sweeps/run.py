@@ -67,7 +67,7 @@ def run_sweep(plan: Plan, folder: RunFolder, tell: Callable[[Outcome], None]) ->
             _wait_for_the_last(folder, runs_dir)
             tracked = _start(plan, folder, runs_dir)
             _run(plan, folder, runs_dir, tracked, tell)
-            found = report(folder, runs_dir, plan.sweep)
+            found = report(folder, runs_dir)
             _record(tracked, found)
             outcomes = Lines(folder).outcomes().values()
             failed = [each for each in outcomes if each.state == "failed"]
