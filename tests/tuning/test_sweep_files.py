@@ -88,7 +88,7 @@ def test_a_space_with_what_cannot_be_is_refused_naming_it(sweep: Any, space: str
 def test_a_grid_leaves_out_what_is_impossible_or_there_already(sweep: Any) -> None:
     found = plan(sweep("space: {levels: {ladder: {count: [1, 2], ratio: [4, 64]}}}\nbudget: {tokens: 2560}\n"))
     assert found.fixed is not None
-    assert [arm.label for arm in found.fixed] == ["levels 1 of 1", "levels 2 of 1, 4"]
+    assert [arm.label for arm in found.fixed] == ["levels every 1", "levels every 1, 4"]
     assert [arm.changes["training.steps"] for arm in found.fixed] == [20, 20]
     assert len(found.refused) == 2 and "would never move" in found.refused[1]
 

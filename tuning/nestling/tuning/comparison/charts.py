@@ -32,7 +32,7 @@ def learning_curves(arms: Sequence[Arm], key: str) -> go.Figure | None:
     figure = chart()
     for place, arm in enumerate(arms):
         figure.add_traces(_curve(arm, place, key))
-    return over_training(figure) if any(len(trace.x) > 1 and any(trace.y) for trace in figure.data) else None
+    return over_training(figure) if any(len(set(trace.x)) > 1 and any(trace.y) for trace in figure.data) else None
 
 
 def update_norms(arms: Sequence[Arm]) -> go.Figure | None:

@@ -51,7 +51,7 @@ def compare(folders: Sequence[RunFolder]) -> Comparison:
 
 def charts_of(arms: Sequence[Arm]) -> list[Chart]:
     """Every chart that these runs have something for."""
-    band = "Lines are means over the seeds, bands their 95 % intervals."
+    band = "Lines are means over the seeds, bands go from the lowest seed to the highest."
     curves = [
         Chart(key.replace("/", "-"), heading, charts.learning_curves(arms, key))
         for key, heading in charts.CURVES.items()

@@ -58,7 +58,7 @@ def band(
     place: int,
     mode: str = "lines",
 ) -> list[go.Scatter]:
-    """The line of an arm over the band of its intervals.
+    """The line of an arm's means over the band from its lowest seed to its highest.
 
     Args:
         x: places on every axis that it can be drawn over, first the one that it is drawn over.
@@ -66,7 +66,8 @@ def band(
         arm, place: whose it is, and the arm's place in their order.
         mode: of the line.
     """
-    means, halves = zip(*(interval(column) for column in zip(*rows, strict=True)), strict=True)
+    columns = list(zip(*rows, strict=True))
+    means, halves = zip(*map(interval, columns), strict=True)
     common = {"name": arm.label, "legendgroup": arm.label}
     line = go.Scatter(
         x=_first(x),
@@ -78,14 +79,12 @@ def band(
         meta={"x": dict(x)},
         **common,
     )
-    if None in halves:
+    if len(rows) == 1:
         return [line]
     around = {axis: [*values, *reversed(values)] for axis, values in x.items()}
-    upper = [mean + half for mean, half in zip(means, halves, strict=True)]
-    lower = [mean - half for mean, half in zip(means, halves, strict=True)]
     filled = go.Scatter(
         x=_first(around),
-        y=[*upper, *reversed(lower)],
+        y=[*map(max, columns), *reversed([*map(min, columns)])],
         fill="toself",
         fillcolor=colour(place),
         opacity=0.15,

@@ -47,7 +47,8 @@ def parallel(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure | N
     figure = chart()
     hidden = {"size": 1, "color": "rgba(0,0,0,0)"}  # what Plotly writes above and below an axis: its range
     figure.add_trace(go.Parcoords(dimensions=dimensions, line=line, rangefont=hidden))
-    return figure.update_layout(margin={"l": 60, "r": 60, "t": 60, "b": 30})
+    left = max(len(text) for text in dimensions[0]["ticktext"])  # Plotly cuts these off, and no margin grows by itself
+    return figure.update_layout(margin={"l": max(60, 7 * left), "r": 60, "t": 60, "b": 30})
 
 
 def by_cost(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure | None:

@@ -131,7 +131,7 @@ class Space:
         return found
 
     def values(self, point: Point) -> dict[str, Any]:
-        """What varies at a point, as a person would name it; a ladder is `levels`, such as "2 of 1, 4"."""
+        """What varies at a point, as a person would name it; a ladder is `levels`, such as "every 1, 4"."""
         varying = [each.key for each in self.dimensions if each.varies]
         made = {}
         timing = {LADDER + name for name in _LADDER_FIELDS[:4]}
@@ -147,7 +147,7 @@ class Space:
 def said(value: list[Any]) -> str:
     """A list as a person would say it; levels by their periods."""
     if value and all(isinstance(item, Mapping) and "period" in item for item in value):
-        return f"{len(value)} of {', '.join(str(item['period']) for item in value)}"
+        return f"every {', '.join(str(item['period']) for item in value)}"
     return ", ".join(item if isinstance(item, str) else json.dumps(item) for item in value) or "none"
 
 
