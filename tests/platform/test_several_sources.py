@@ -14,7 +14,7 @@ from nestling.data.streams import Interval, Planner, Position, Rules, WindowFold
 from nestling.data.streams.content import read_window
 from nestling.data.streams.several import Part, Several
 from nestling.data.streams.windows import Plan
-from nestling.training.run import _complete
+from nestling.training.run import complete
 from nestling.training.stream import _begin
 
 
@@ -112,7 +112,7 @@ def test_the_job_of_several_sources(caplog, monkeypatch):
     assert "data.source is not used: stream.sources takes its place" in caplog.text
     assert from_yaml(to_yaml(config)) == config
     config.stream.sources[1].source = "texts/a"
-    assert _complete(config).stream.sources[1].source.endswith("/texts/a") != "texts/a"
+    assert complete(config).stream.sources[1].source.endswith("/texts/a") != "texts/a"
     config.stream.sources[1].source = "kafka://here/topic"
     assert [_begin(config, name) for name in ("lasting/0", "hex/0")] == [0, None]
     single = partial(_begin, JobConfig())

@@ -99,7 +99,7 @@ def probes(ray_local, job, tmp_path_factory):
     from ray.train.torch import TorchTrainer
 
     from nestling.config import to_yaml
-    from nestling.training.run import _complete
+    from nestling.training.run import complete
 
     corpus = prepare(job().data, job().run.dir + "/cache")
 
@@ -118,7 +118,7 @@ def probes(ray_local, job, tmp_path_factory):
         settings = {
             "corpus": str(corpus.folder),
             "jobs": {
-                name: to_yaml(_complete(job(f"training.workers={workers}", *overrides)))
+                name: to_yaml(complete(job(f"training.workers={workers}", *overrides)))
                 for name, overrides in jobs.items()
             },
         }
