@@ -9,22 +9,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.mlflow_server import wait_for
 
 from nestling.tracking import RunBusyError, RunFolder, find_run, followed, list_runs
 from nestling.tracking.files import cut_half_line
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
 
 
 def test_a_new_folder_is_running_and_can_be_opened_again(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
+from tests.mlflow_server import wait_for
 
 from nestling.tracking import (
     RunFolder,
@@ -49,15 +49,6 @@ def history(run: TrackedRun, key: str) -> list[tuple[int, float]]:
 def in_order(run: TrackedRun, key: str) -> list[int]:
     """The steps of a metric as MLflow orders its history."""
     return [metric.step for metric in client(run).get_metric_history(run.mlflow_run_id, key)]
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        if condition():
-            return True
-        time.sleep(0.05)
-    return condition()
 
 
 @pytest.fixture
