@@ -1,9 +1,10 @@
-"""What all tests share: quiet threads and one small Ray."""
+"""What all tests share: quiet threads, one small Ray, and a little text."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +30,14 @@ def ray_local() -> Iterator[None]:
     ray.init(address="local", num_cpus=4, include_dashboard=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small folder of text: some of the English that comes with Python."""
+    import pydoc_data.topics
+
+    folder = tmp_path_factory.mktemp("texts")
+    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
+        (folder / f"{name}.txt").write_text(text)
+    return folder

@@ -1,4 +1,4 @@
-"""What the tests of the platform share: text to train on, run folders, and places for checkpoints (one speaks S3)."""
+"""What the tests of the platform share: run folders, and places for checkpoints (one speaks S3)."""
 
 from __future__ import annotations
 
@@ -11,17 +11,6 @@ import pytest
 from pyarrow.fs import FileSystem
 
 from nestling.tracking import RunFolder
-
-
-@pytest.fixture(scope="session")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small folder of text: some of the English that comes with Python."""
-    import pydoc_data.topics
-
-    folder = tmp_path_factory.mktemp("texts")
-    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
-        (folder / f"{name}.txt").write_text(text)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -40,16 +40,6 @@ def runs_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
 
 
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import pydoc_data.topics
-
-    folder = tmp_path_factory.mktemp("texts")
-    for name, text in sorted(pydoc_data.topics.topics.items())[:20]:
-        (folder / f"{name}.txt").write_text(text)
-    return folder
-
-
 def written(place: Path, runs_dir: Path, texts: Path, name: str, **settings: Any) -> Path:
     """A sweep file of the small job."""
     job = JOB | {"data": {"source": str(texts), "sequence_length": 64}, "run": {"dir": str(runs_dir)}}
@@ -129,12 +119,13 @@ def test_trials_are_children_of_the_sweep_in_mlflow(grid: Any, runs_dir: Path) -
 def test_successive_halving_stops_what_is_behind_at_a_rung(
     ray_local: None, tmp_path: Path, runs_dir: Path, texts: Path
 ) -> None:
-    settings = GRID | {"space": {"training.learning_rate": [3e-3, 1e-6, 1e-7]}, "seeds": 1}
+    # Three run at once, so the last one, which is the worst, comes to its rung when there is something to compare with.
+    settings = GRID | {"space": {"training.learning_rate": [3e-3, 1e-3, 3e-4, 1e-4, 1e-6]}, "seeds": 1}
     file = written(tmp_path, runs_dir, texts, "asha", **settings, scheduler="asha", asha={"rungs": 1, "factor": 2})
     folder, _, outcomes = swept(file, runs_dir)
     states = {each.arm: (each.state, each.cost["tokens"]) for each in outcomes.values()}
     assert states["learning_rate 0.003"] == ("finished", 2560)
-    assert ("stopped", 1280) in states.values()
+    assert states["learning_rate 1e-06"] == ("stopped", 1280)
     stopped = next(each for each in outcomes.values() if each.state == "stopped")
     run = trial_folders(runs_dir, folder.run_id)[stopped.arm, stopped.seed]
     assert run.status() == "interrupted" and (run.path / "checkpoints" / "step-00000010").is_dir()

@@ -223,7 +223,8 @@ class StreamTraining(TrainingLoop):
             self._detector(source).load(kept)
         self.drifts, self.drifted, self.rewarmed = stream["drifts"]
         self.rollbacks = stream["rollbacks"]
-        self._seen, self._numbers, self.lanes_anew = stream["replayed_from"], stream["fast"], stream["lanes_anew"]
+        self._seen, self._numbers = stream["replayed_from"], stream["fast"]
+        self.lanes_anew = stream.get("lanes_anew", 0)  # older snapshots do not count them
         self.window_nats, self.window_bytes = stream["window"]
         self.files = stream["files"]
 
