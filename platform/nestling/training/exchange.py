@@ -98,7 +98,7 @@ def load_level(run: RunFolder, folder: Path) -> dict[str, Any]:
             store,
             found.checkpoint.step,
             *_replaced(found, entering.weights),
-            _documents(found, entering),
+            _documents(found, entering, name),
         )
         run.event("level-loaded", f"level {name} came from {folder}", level=name, sha256=origin.base["sha256"])
         if finished:
@@ -173,9 +173,13 @@ def _replaced(
     return sizes, (changed[name] if name in changed else pieces.read(name) for name in kept)
 
 
-def _documents(found: OpenCheckpoint, entering: LevelFile) -> dict[str, str]:
-    """The checkpoint's documents, with what the level brings along in the lineage."""
+def _documents(found: OpenCheckpoint, entering: LevelFile, level: str) -> dict[str, str]:
+    """The checkpoint's documents, with what the level brings along in the lineage, and no moves of it counted: averages
+    that start afresh are corrected by the moves since."""
     state, origin = json.loads(found.documents["state.json"]), entering.origin
+    state["updates"][level] = 0
+    for name in entering.weights.keys() & state["optimizer"].keys():
+        state["optimizer"][name] = {"steps": state["optimizer"][name]["steps"], "updates": 0}
     history = {"steps": origin.steps, "tokens": origin.tokens, "loaded_at": found.checkpoint.step}
     state["lineage"].append({"level": origin.level, "parameters": sorted(entering.weights)} | history)
     return dict(found.documents) | {"state.json": json.dumps(state, indent=1)}
