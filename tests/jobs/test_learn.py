@@ -34,9 +34,8 @@ def weights(folder: Path) -> dict[str, str]:
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
-@pytest.mark.slow
 def test_documents_are_read_forgotten_and_learnt_and_the_stream_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = tmp_path / "one.txt", tmp_path / "two.jsonl"
     one.write_text("The cat sat on the mat, and the cat sat on the hat. " * 8)
@@ -88,9 +87,9 @@ def test_documents_are_read_forgotten_and_learnt_and_the_stream_goes_on(
     code, other, said = called(*sample)
     assert other["fast_state"] is None and "which have moved on: it is not used" in said
     steps = learnt["step"] + 30
-    code, resumed, said = Run(runs, "stream", "--resume", run_id, f"training.steps={steps}").ended()
+    code, resumed, said = called("stream", "--resume", run_id, f"training.steps={steps}")
     assert code == 0 and resumed["steps"] == steps and resumed["windows"] > stream["windows"], said
-    code, proof, said = Run(runs, "stream", "--verify", run_id).ended()
+    code, proof, said = called("stream", "--verify", run_id)
     assert code == 0 and proof["ok"] and proof["records"] == resumed["records"], said
 
 

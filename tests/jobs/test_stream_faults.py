@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import signal
@@ -139,7 +138,7 @@ def test_an_interrupted_stream_a_killed_driver_and_a_truncated_snapshot(
     run.until(lambda: log.read_bytes().count(b"\n") >= min(summary["steps"] + 12, STEPS - 12))
     run.kill()
     truncate_newest(folder)
-    code, _, said = resumed(runs, folder).ended()
+    code, _, said = nestling(runs, "stream", "--resume", summary["run_id"])
     assert code == 0, said
     assert "a checkpoint is damaged, so the one before it is used" in said
     assert outcome(folder) == undisturbed
@@ -196,11 +195,8 @@ def zero_accumulators(store: Any) -> None:
 
 
 def test_two_workers_learn_the_same_batches(runs: Path, texts: Path, undisturbed: dict[str, Any]) -> None:
-    run = begin(runs, texts, workers=2)
-    folder = run.folder()
-    code, _, said = run.ended()
-    assert code == 0, said
-    found = outcome(folder)
+    summary = result(runs, "stream", *job(texts, workers=2))
+    found = outcome(Path(summary["run_dir"]))
     ours = [{**line, "preq_loss": None} for line in found["ledger"]]
     assert ours == [{**line, "preq_loss": None} for line in undisturbed["ledger"]]
     for one, two in list(zip(undisturbed["losses"], found["losses"], strict=True))[:50]:
@@ -214,63 +210,16 @@ def test_too_many_broken_records_stop_the_stream(ray_local: None, runs: Path, te
     assert not (Path(summary["run_dir"]) / "log.jsonl").read_text()
 
 
-SOURCE = """
-import random
-from nestling.data.streams.five_domains import _records
-
-pieces = {name: [] for name in ("english", "cxx")}
-for domain, _, text in _records(False):
-    if domain in pieces and text.isascii():  # records of 500 bytes, 40 a window
-        pieces[domain] += [text[end - 500 : end] for end in range(500, len(text) + 1, 500)]
-
-
-def noise(number, signs):
-    raw = "".join(random.Random(number).choices(signs, k=500)).encode()[:500].decode(errors="ignore")
-    return raw + "~" * (500 - len(raw.encode()))
-
-
-# Random bytes, each as the character with its number, but for control characters: those make a broken record.
-latin = [chr(byte) for byte in (*range(32, 127), *range(160, 256))]
-clean = pieces["english"][:160] + pieces["cxx"][:40]
-noisy = clean[:120] + [noise(number, latin) for number in range(40)] + clean[120:]
-
-
-def at(records, offset):
-    if offset >= len(records):
-        raise StopIteration
-    text = records[offset]
-    return {"text": text, "domain": next((name for name in pieces if text in pieces[name]), "noise")}
-
-
-def of_clean(offset):
-    return at(clean, offset)
-
-
-def of_noisy(offset):
-    return at(noisy, offset)
-"""
-
-
-def test_a_window_of_garbage_is_undone_and_a_new_domain_is_not(
-    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_window_of_garbage_is_undone_and_a_new_domain_is_not(ray_local: None, runs: Path) -> None:
     """Random bytes leave no trace: the weights are, to the bit, those of a stream that they never came to."""
-    (tmp_path / "my_source.py").write_text(SOURCE)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(tmp_path), os.environ.get("PYTHONPATH")))))
     guard = ["stream.guard=true", "stream.probe_percent=20", "stream.probe_every=8", "stream.domain_column=domain"]
     small = ["training.batch_tokens=512", "stream.window_bytes=20000", "training.learning_rate=0.01"]
     found = {}
     for name in ("clean", "noisy"):
-        run = Run(
-            runs,
-            *("stream", "jobs/five-domains.yaml", *JOB, *guard, *small, f"data.source=python:my_source:of_{name}"),
-            "training.steps=null",
-        )
-        folder = run.folder()
-        code, _, said = run.ended()
-        assert code == 0, said
-        found[name] = folder
-        proof = verified(runs, folder)
+        source = [f"data.source=python:tests.jobs.noise:of_{name}", "training.steps=null"]
+        summary = result(runs, "stream", "jobs/five-domains.yaml", *JOB, *guard, *small, *source)
+        found[name] = Path(summary["run_dir"])
+        proof = verified(runs, found[name])
         assert proof["records"] == (200 if name == "clean" else 240)
     assert not events(found["clean"], "rolled-back")
     assert not (found["clean"] / "undone.jsonl").read_text()
