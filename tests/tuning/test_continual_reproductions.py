@@ -29,6 +29,7 @@ from nestling.tuning.reproductions.stream import (
     WORST,
     WRITES_OFF,
     Stream,
+    earlier,
     figures,
     parts,
     unigram_entropy,
@@ -104,6 +105,9 @@ def test_every_arm_reads_the_same_records_in_the_same_order() -> None:
     together = [record for part in mixed for record in part]
     assert {record.key for record in together} == {record.key for part in read for record in part}
     assert len(mixed) == len(read) and len({record.domain for record in mixed[0]}) > 2
+    before = earlier(records(), 300, 300, 0)
+    assert not {record.key for record in before} & {record.key for record in together}
+    assert {record.domain for record in before} == set(ORDER)
     other = parts(records(), True, 300, 1)
     assert [record.key for record in other[0]] != [record.key for record in read[0]]
 
@@ -122,6 +126,9 @@ def test_arms_have_equal_parameters_and_bytes_and_run_the_settings_that_their_na
             assert (config.stream.replay_share > 0) == ("replay" in arm.model)
             assert (config.stream.ewc_strength > 0) == ("EWC" in arm.model)
             assert (work.learnt < len(ORDER)) == ("frozen" in arm.model)
+            assert (work.pretrained > 0) == ("pretrained" in arm.model)
+            slowed = any(level.parameters == ["*"] for level in config.levels)
+            assert slowed == ("all but the levels" in arm.model)
             assert (config.continuum.drive == "stream") == ("moving" in arm.model)
             assert config.data.source.endswith("shuffled") == ("joint" in arm.model)
     assert len(sizes) == 1 and max(counts) <= 1.01 * min(counts)
@@ -168,6 +175,10 @@ def test_a_stream_learns_forgets_and_is_the_same_again() -> None:
 
     joint = run(levels % 1, "data.source=embedded:five-domains-shuffled")
     assert set(joint.metrics) == {FINAL, WRITES_OFF, WORST, PREQUENTIAL} and joint.tokens == one.tokens
+
+    ready = Stream((*SMALL, "training.learning_rate=1e-2", levels % 1), 3000, pretrained=6000)(0)
+    assert sum(ready.details["losses"][0]) < sum(matrix[0]) - 1
+    assert ready.tokens > 2.9 * one.tokens and PREQUENTIAL not in ready.metrics
 
     frozen = run(levels % 1, learnt=1)
     assert frozen.details["losses"][:2] == matrix[:2] and frozen.details["losses"][1:] == [matrix[1]] * 5

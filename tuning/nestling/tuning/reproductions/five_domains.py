@@ -22,13 +22,25 @@ TRANSFORMER, ONE, SEVERAL = "Transformer", "HOPE, one frequency", "HOPE, several
 HOPE: Model = {"name": "hope", "width": 64, "layers": 2, "heads": 2, "level_widths": [64, 64, 64]}
 #: Steps between two moves of each level.
 PERIODS: Mapping[str, tuple[int, ...]] = {ONE: (1, 1, 1), SEVERAL: (1, 4, 16)}
+
+
+def _levels(periods: Sequence[int], *more: str) -> str:
+    """The levels of `HOPE` with these periods, and more of them, as an override."""
+    levels = zip(HOPE["level_widths"], periods, strict=True)
+    written = [*(f"{{width: {width}, period: {period}}}" for width, period in levels), *more]
+    return f"levels=[{', '.join(written)}]"
+
+
 #: Base learning rates, and the shares of them at which a family is measured: its frontier.
 RATES = {TRANSFORMER: 8e-3, ONE: 8e-3, SEVERAL: 8e-3}
 FACTORS, MORE_FACTORS = (0.25, 0.5, 1.0, 2.0), (0.0625, 0.125, 4.0)
 #: What else an arm may do, by what the table calls it. The levels that move while reading do so in the probes alone.
 REPLAY, MUCH_REPLAY, EWC = "5 % replay", "100 % replay", "EWC"
+SLOWED, PRETRAINED = "all but the levels every 4 steps", "pretrained on all"
 MOVING, FROZEN, JOINT = "levels moving while reading", "frozen after english", "joint (shuffled)"
 CHANGES: Mapping[str, tuple[str, ...]] = {
+    SLOWED: (_levels(PERIODS[SEVERAL], "{name: rest, parameters: ['*'], period: 4}"),),
+    PRETRAINED: (),
     REPLAY: ("stream.replay_share=0.05",),
     MUCH_REPLAY: ("stream.replay_share=1.0", f"stream.replay_bytes={1 << 22}"),
     EWC: ("stream.ewc_strength=1e4", "stream.ewc_every=50", "stream.ewc_decay=0.9"),
@@ -56,6 +68,9 @@ NOTES = (
     "first that was tried.",
     "5 % replay: one sequence of the past to twenty new ones. 100 % replay: one to one, so it computes twice as much. "
     "They draw from a uniform sample of the past: of 131 kB of text in 1 MiB, and of 524 kB in 4 MiB.",
+    "All but the levels every 4 steps: embedding, memories and head move as seldom as the second of three levels, so "
+    "that only the first level stays fast. Pretrained on all: as many bytes of every domain again, other records, are "
+    "learnt in mixed order before the stream begins; everything was known before, and twice as much is read.",
     "Levels moving while reading: the probes are read with levels that take a step on what they have just read, every "
     "16, 64 and 256 tokens, from the trained weights in each sequence of 256; training is the naive one. Reading costs "
     "three times as much. The Transformer has no levels; whether gradient steps while reading would help it as much "
@@ -76,8 +91,9 @@ def experiment(full: bool) -> Experiment:
         for family in (TRANSFORMER, SEVERAL)
         for change in (REPLAY, MUCH_REPLAY, EWC, JOINT)
     ]
-    together = ((MUCH_REPLAY, EWC), (MOVING,), (FROZEN,), (FROZEN, MOVING))
+    together = ((MUCH_REPLAY, EWC), (SLOWED,), (PRETRAINED,), (MOVING,), (FROZEN,), (FROZEN, MOVING))
     arms += [_arm(SEVERAL, size, (1.0,), *changes) for changes in together]
+    arms += [_arm(TRANSFORMER, size, (1.0,), PRETRAINED)]
     return Experiment(
         name="five-domains",
         title="Five domains, one after another: what is learnt and what is kept",
@@ -96,11 +112,16 @@ def _arm(family: str, size: int, factors: Sequence[float], *changes: str) -> Arm
     learnt = 1 if FROZEN in changes else len(ORDER)
     works = {
         f"rate {factor * RATES[family]:g}": Stream(
-            (*overrides, f"training.learning_rate={factor * RATES[family]:g}"), size, learnt
+            (*overrides, f"training.learning_rate={factor * RATES[family]:g}"),
+            size,
+            learnt,
+            size if PRETRAINED in changes else 0,
         )
         for factor in factors
     }
-    unknown = {LEARN, FORGETTING} if JOINT in changes else {PREQUENTIAL} if FROZEN in changes else set()
+    unknown = {LEARN, FORGETTING} if JOINT in changes else set()
+    if FROZEN in changes or PRETRAINED in changes:
+        unknown = {PREQUENTIAL}
     metrics = [metric for metric in COMPARED if metric not in unknown]
     name = _name(family, factors[0] if len(factors) == 1 else 1.0, *changes)
     return Arm(TASK, name, works, metrics, units=dict.fromkeys(metrics, "bits per byte, lower is better"))
@@ -115,8 +136,7 @@ def _family(family: str) -> tuple[str, ...]:
     if family == TRANSFORMER:
         matched = beside("transformer", HOPE, vocab_size=257)
         return tuple(f"model.{key}={matched[key]}" for key in ("name", "width", "mlp_width"))
-    levels = zip(HOPE["level_widths"], PERIODS[family], strict=True)
-    return (f"levels=[{', '.join(f'{{width: {width}, period: {period}}}' for width, period in levels)}]",)
+    return (_levels(PERIODS[family]),)
 
 
 def tabulate(trials: Sequence[Trial]) -> str:
@@ -142,7 +162,7 @@ def _intransigence(trials: Sequence[Trial]) -> dict[str, dict[int, float]]:
     for (arm, seed), loss in last.items():
         family = next(family for family in RATES if arm.startswith(family))
         joint = last.get((_name(family, 1, JOINT), seed))
-        if joint is not None and JOINT not in arm:
+        if joint is not None and JOINT not in arm and PRETRAINED not in arm:
             found.setdefault(arm, {})[seed] = retention.intransigence([[-loss]], [-joint])
     return found
 

@@ -54,23 +54,27 @@ class Stream:
         overrides: of `JOB`, as a person would write them.
         domain_bytes: text that is trained on, of each domain.
         learnt: domains that are trained on; to those after them the model only has what reading a probe changes.
+        pretrained: text of each domain that is learnt first, all domains in one order; other records than the stream's.
     """
 
     overrides: tuple[str, ...] = ()
     domain_bytes: int = 50_000
     learnt: int = len(ORDER)
+    pretrained: int = 0
 
     def __call__(self, seed: int) -> Outcome:
         config = from_yaml(JOB, (*self.overrides, f"seed={seed}"))
         content = _read(config)
         in_order, run = config.data.source == NAME, _Run(config, content.held)
+        if self.pretrained:
+            run.learn(earlier(content.trained, self.domain_bytes, self.pretrained, seed))
         matrix = [run.losses()]
         for number, part in enumerate(parts(content.trained, in_order, self.domain_bytes, seed)):
             if number < self.learnt:
                 run.learn(part)
             matrix.append(run.losses() if number < self.learnt else matrix[-1])
         metrics = figures(matrix, in_order) | run.writes_off()
-        if self.learnt == len(ORDER):
+        if self.learnt == len(ORDER) and not self.pretrained:
             metrics |= {PREQUENTIAL: run.training.prequential.bits_per_byte or math.nan}
         if run.diverged:
             metrics = dict.fromkeys(metrics, math.nan)
@@ -117,20 +121,36 @@ class _Run:
 
 def parts(records: Sequence[Record], in_order: bool, domain_bytes: int, seed: int) -> list[list[Record]]:
     """What is learnt between two looks at the probes: a domain each, or equal parts of the shuffled records."""
+    chosen = _first(records, domain_bytes, seed)
+    if in_order:
+        return chosen
+    mixed = _mixed(chosen, seed)
+    return [mixed[len(mixed) * n // len(ORDER) : len(mixed) * (n + 1) // len(ORDER)] for n in range(len(ORDER))]
 
-    def place(record: Record) -> bytes:
-        return hashlib.sha256(f"{seed} {record.key}".encode()).digest()
 
+def earlier(records: Sequence[Record], domain_bytes: int, size: int, seed: int) -> list[Record]:
+    """`size` bytes of each domain, mixed, beyond the `domain_bytes` that `parts` takes with this seed."""
+    taken, more = (_first(records, count, seed) for count in (domain_bytes, domain_bytes + size))
+    return _mixed([long[len(short) :] for short, long in zip(taken, more, strict=True)], seed)
+
+
+def _first(records: Sequence[Record], domain_bytes: int, seed: int) -> list[list[Record]]:
+    """Of each domain the first records, in the order of the seed, that hold so many bytes."""
     chosen: dict[str, list[Record]] = {domain: [] for domain in ORDER}
     sizes = dict.fromkeys(ORDER, 0)
-    for record in sorted(records, key=place):
+    for record in sorted(records, key=lambda record: _place(record, seed)):
         if sizes[record.domain] < domain_bytes:
             sizes[record.domain] += len(record.text.encode("utf-8"))
             chosen[record.domain].append(record)
-    if in_order:
-        return list(chosen.values())
-    mixed = sorted((record for part in chosen.values() for record in part), key=place)
-    return [mixed[len(mixed) * n // len(ORDER) : len(mixed) * (n + 1) // len(ORDER)] for n in range(len(ORDER))]
+    return list(chosen.values())
+
+
+def _mixed(chosen: Sequence[Sequence[Record]], seed: int) -> list[Record]:
+    return sorted((record for part in chosen for record in part), key=lambda record: _place(record, seed))
+
+
+def _place(record: Record, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed} {record.key}".encode()).digest()
 
 
 def figures(matrix: retention.Matrix, in_order: bool) -> dict[str, float]:
