@@ -178,7 +178,7 @@ def test_a_stream_learns_forgets_and_is_the_same_again() -> None:
 
     ready = Stream((*SMALL, "training.learning_rate=1e-2", levels % 1), 3000, pretrained=6000)(0)
     assert sum(ready.details["losses"][0]) < sum(matrix[0]) - 1
-    assert ready.tokens > 2.9 * one.tokens and PREQUENTIAL not in ready.metrics
+    assert ready.tokens > 2 * one.tokens and PREQUENTIAL not in ready.metrics
 
     frozen = run(levels % 1, learnt=1)
     assert frozen.details["losses"][:2] == matrix[:2] and frozen.details["losses"][1:] == [matrix[1]] * 5
