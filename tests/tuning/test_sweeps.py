@@ -130,6 +130,11 @@ def test_successive_halving_stops_what_is_behind_at_a_rung(
     run = trial_folders(runs_dir, folder.run_id)[stopped.arm, stopped.seed]
     assert run.status() == "interrupted" and (run.path / "checkpoints" / "step-00000010").is_dir()
     assert stopped.objectives["heldout_bits_per_byte"] == run.records()[-1]["heldout/bits_per_byte"]
+    # Going on with it, the driver stands by what it had decided, and does not train what it had stopped.
+    lines = Lines(folder).path
+    lines.write_text("".join(line for line in lines.open() if "learning_rate 0.003" not in line))
+    run_sweep(open_plan(folder), folder, lambda outcome: None)
+    assert Lines(folder).outcomes() == outcomes
 
 
 @pytest.mark.parametrize("metrics", [["heldout_bits_per_byte"], ["heldout_bits_per_byte", "parameters"]])
@@ -211,19 +216,21 @@ def test_a_sweep_whose_driver_was_killed_comes_to_the_same_results(
         env=os.environ | {"NESTLING_RUNS": str(runs_dir)},
     )
     end = time.monotonic() + 240
-    while not list((runs_dir / "sweeps").glob("killed-*/trials.jsonl")) and time.monotonic() < end:
-        assert driver.poll() is None
+    while sum(len(file.read_text().splitlines()) for file in runs_dir.glob("sweeps/killed-*/trials.jsonl")) < 2:
+        assert driver.poll() is None and time.monotonic() < end
         time.sleep(0.2)
     os.killpg(driver.pid, signal.SIGKILL)
     driver.wait()
     (path,) = (runs_dir / "sweeps").glob("killed-*")
     folder = RunFolder.open(path)
-    before = Lines(folder).outcomes()
-    assert 1 <= len(before) < 4 and folder.status() == "stopped"
-    finished = {
-        each.run_id: RunFolder.open(next(runs_dir.glob(f"*-{each.run_id}"))).log.stat().st_mtime_ns
-        for each in before.values()
-    }
+    *before, last = Lines(folder).outcomes().values()
+    assert 1 <= len(before) < 3 and folder.status() == "stopped"
+    runs = {run.run_id: run for run in trial_folders(runs_dir, folder.run_id).values()}
+    # The last one as if the driver had been killed between its last checkpoint and its end.
+    lines = Lines(folder).path
+    lines.write_text("".join(line for line in lines.open() if str(last.run_id) not in line))
+    runs[str(last.run_id)].update(status="interrupted")
+    finished = {str(each.run_id): runs[str(each.run_id)].log.stat().st_mtime_ns for each in before}
     result = run_sweep(open_plan(folder), folder, lambda outcome: None)
     assert result.completed == 4
     undisturbed = {
@@ -233,4 +240,4 @@ def test_a_sweep_whose_driver_was_killed_comes_to_the_same_results(
     }
     assert without_time(Lines(folder).outcomes()) == undisturbed
     for run_id, changed_at in finished.items():
-        assert RunFolder.open(next(runs_dir.glob(f"*-{run_id}"))).log.stat().st_mtime_ns == changed_at
+        assert runs[run_id].log.stat().st_mtime_ns == changed_at

@@ -17,7 +17,7 @@ from nestling.training.resume import CHANGEABLE, FIXED
 from nestling.tuning.sweeps.arms import Arm, Arms
 from nestling.tuning.sweeps.config import SweepConfig
 from nestling.tuning.sweeps.space import LADDER
-from nestling.tuning.sweeps.trial import SHARE
+from nestling.tuning.sweeps.trial import PASSED, SHARE
 
 
 def shares(sweep: SweepConfig) -> tuple[float, ...]:
@@ -38,10 +38,18 @@ def scheduler(sweep: SweepConfig, arms: Arms) -> TrialScheduler:
         # share, which is a rounded number; nothing is decided about a trial that is at its end.
         clock: dict[str, Any] = {"time_attr": SHARE, "grace_period": 0.999 * first, "max_t": 1 + first / 2}
         factor = sweep.asha.factor
-        return AsyncHyperBandScheduler(metric=objective.metric, mode=objective.mode, reduction_factor=factor, **clock)
+        return Halving(metric=objective.metric, mode=objective.mode, reduction_factor=factor, **clock)
     if sweep.scheduler == "pbt":
         return Population(sweep, arms)
     return FIFOScheduler()
+
+
+class Halving(AsyncHyperBandScheduler):
+    """Successive Halving that, in a sweep that is resumed, stands by what it has allowed before."""
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        decision: str = super().on_trial_result(tune_controller, trial, result)
+        return TrialScheduler.CONTINUE if result.get(PASSED) else decision
 
 
 class Population(PopulationBasedTraining):

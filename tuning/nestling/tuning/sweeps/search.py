@@ -18,7 +18,7 @@ from optuna.trial import TrialState
 from ray.tune.search import Searcher
 
 from nestling.config import ConfigError
-from nestling.tuning.sweeps.arms import TRIES, Arm, Arms
+from nestling.tuning.sweeps.arms import TRIES, Arms
 from nestling.tuning.sweeps.config import SweepConfig
 from nestling.tuning.sweeps.schedule import plan_of
 from nestling.tuning.sweeps.space import Dimension, Point
@@ -45,19 +45,17 @@ class OptunaArms(Searcher):
             directions=["minimize" if each.mode == "min" else "maximize" for each in sweep.objectives],
             load_if_exists=True,
         )
-        before = self._study.get_trials(deepcopy=False)
-        self._study.sampler = optuna.samplers.TPESampler(seed=sweep.draw_seed + len(before))
         self._asked: dict[str, int] = {}  # the number of each arm's trial of Optuna's
         self._results: dict[str, dict[int, dict[str, Any]]] = {}
         self._plans: deque[dict[str, Any]] = deque()
         self._of_trial: dict[str, dict[str, Any]] = {}
-        #: Every arm that was asked for, in an earlier driver, too: their trials are begun again, and those that have
-        #: finished end at once.
-        for each in before:
-            if each.state != TrialState.FAIL:
-                self._begin(
-                    self._arms.arm(_point(arms, each.params)), each.number, told=each.state != TrialState.RUNNING
-                )
+        # What was asked for in an earlier driver is begun again, and ends at once where it has finished.
+        for each in self._study.get_trials(deepcopy=False):
+            if len(each.params) == len(arms.space.dimensions):
+                done = each.state in (TrialState.COMPLETE, TrialState.PRUNED)
+                self._begin(_point(arms, each.params), each.number, told=done)
+            else:  # the driver was killed while it asked
+                self._fail(each.number)
 
     def __reduce__(self) -> Any:
         """Ray Tune keeps a copy of its own, which nobody reads: the study is on disk."""
@@ -89,25 +87,28 @@ class OptunaArms(Searcher):
 
     def _ask(self) -> None:
         for _ in range(TRIES):
+            # A seed for each trial: a driver that goes on for one that was killed draws what that one would have drawn.
+            number = len(self._study.get_trials(deepcopy=False))
+            self._study.sampler = optuna.samplers.TPESampler(seed=self._sweep.draw_seed + number)
             trial = self._study.ask()
-            point = {each.key: _suggested(trial, each) for each in self._arms.space.dimensions}
-            try:
-                arm = self._arms.arm(point)
-            except ConfigError:
-                self._study.tell(trial, state=TrialState.FAIL)
-                continue
-            if arm.label in self._results:  # the same again says nothing new
-                self._study.tell(trial, state=TrialState.FAIL)
-                continue
-            self._begin(arm, trial.number)
-            return
+            if self._begin({each.key: _suggested(trial, each) for each in self._arms.space.dimensions}, trial.number):
+                return
 
-    def _begin(self, arm: Arm, number: int, told: bool = False) -> None:
+    def _begin(self, point: Point, number: int, told: bool = False) -> bool:
+        """Plan the trials of the arm at a point; false if there can be none, or if it is there already."""
+        try:
+            arm = self._arms.arm(point)
+        except ConfigError:
+            arm = None
+        if arm is None or arm.label in self._results:
+            self._fail(number)
+            return False
         self._results[arm.label] = {}
         if not told:
             self._asked[arm.label] = number
         seed = self._arms.job.seed
         self._plans += [plan_of(arm, seed + place) for place in range(self._sweep.seeds)]
+        return True
 
     def _tell(self, number: int, results: list[dict[str, Any]]) -> None:
         metrics = [objective.metric for objective in self._sweep.objectives]
@@ -115,11 +116,15 @@ class OptunaArms(Searcher):
         if any(each.get(STATE) == "interrupted" for each in results):
             return  # it goes on when the sweep is resumed
         if not all(map(math.isfinite, values)):
-            self._study.tell(number, state=TrialState.FAIL)
+            self._fail(number)
         elif all(each.get(STATE) == "finished" for each in results):
-            self._study.tell(number, values)
+            self._study.tell(number, values, skip_if_finished=True)
         else:  # stopped early: worse than others, and not to be compared with those that have had all of their budget
-            self._study.tell(number, state=TrialState.PRUNED)
+            self._study.tell(number, state=TrialState.PRUNED, skip_if_finished=True)
+
+    def _fail(self, number: int) -> None:
+        """Tell Optuna that nothing came of a trial, if it does not know that from an earlier driver."""
+        self._study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
 
 def _suggested(trial: optuna.Trial, dimension: Dimension) -> Any:

@@ -23,10 +23,10 @@ from nestling.config import JobConfig
 from nestling.config.build import build
 from nestling.config.load import changed, is_streamed
 from nestling.tracking import RunFolder
-from nestling.tuning.sweeps.outcome import costs, measured, trial_folders
+from nestling.tuning.sweeps.outcome import Lines, costs, measured, trial_folders
 
-#: Keys of a trial's configuration in Ray Tune, and of what it reports.
-SHARE, STATE, ERROR = "share", "state", "error"
+#: Keys of what a trial reports to Ray Tune; PASSED: it has been allowed to go on from this share before.
+SHARE, PASSED, STATE, ERROR = "share", "passed", "state", "error"
 _POINTER = "run.json"
 _WATCH = 0.5  # seconds between two looks at whether the sweep is to stop
 
@@ -109,19 +109,20 @@ def _train(setup: Setup, plan: Mapping[str, Any], folder: RunFolder) -> None:
 
     config = job_of_trial(setup, plan)
     decided = max(setup.decided, _take_up(config, folder) if setup.population else 0.0)
-    steps = int(config.training.last_step)
+    before = Lines(RunFolder.open(setup.sweep)).outcomes().get((plan["label"], plan["seed"]))
     for share in (*setup.shares, 1.0):
-        stop = math.ceil(share * steps)
-        if _reached(config, folder) < stop:
+        stop = math.ceil(share * config.training.last_step) if share < 1.0 else math.inf
+        reached = _reached(config, folder)
+        if reached < stop:
+            if before is not None and before.state == "stopped":
+                return  # the scheduler has decided so, and knows again all that the trial came to
             _fit(config, folder, stop)
         ended = folder.status() == "finished"
-        until = math.inf if ended else stop
-        cost = costs(folder, plan["flops_per_token"], until)
-        report: dict[str, Any] = measured(
-            folder, list(setup.metrics), plan["parameters"], plan["flops_per_token"], until
-        )
+        cost = costs(folder, plan["flops_per_token"], stop)
+        known = (plan["parameters"], plan["flops_per_token"])
+        report: dict[str, Any] = measured(folder, list(setup.metrics), *known, stop)
         report |= {STATE: "finished" if ended else "running", "tokens": cost["tokens"]}
-        if share == 1.0 or ended:
+        if share == 1.0:
             if folder.info().get("cost") != cost:  # else it had ended before
                 _record(folder, cost, report)
                 folder.update(cost=cost)
@@ -129,20 +130,19 @@ def _train(setup: Setup, plan: Mapping[str, Any], folder: RunFolder) -> None:
             return
         if share <= decided:
             continue
-        report[SHARE] = share
+        report |= {SHARE: share, PASSED: reached > stop}
         if setup.population:
             _report_with_pointer(config, folder, report)
         else:
             tune.report(report)
 
 
-def _fit(config: JobConfig, folder: RunFolder, stop: int) -> None:
-    """Train up to a step. Raises KeyboardInterrupt if it did not get there."""
+def _fit(config: JobConfig, folder: RunFolder, stop: float) -> None:
+    """Train up to a step, or to the end if it is infinite. Raises KeyboardInterrupt if it did not get there."""
     from nestling.training import Part, fit
     from nestling.training.stream import learn_stream
 
-    last = stop >= config.training.last_step
-    part = Part(until=math.inf if last else stop, in_process=config.training.workers == 1)
+    part = Part(until=stop, in_process=config.training.workers == 1)
     try:
         (learn_stream if is_streamed(config) else fit)(config, folder, part=part)
     except KeyboardInterrupt:
