@@ -72,6 +72,7 @@ def test_a_file_that_cannot_be_is_refused_with_its_key(sweep: Any, text: str, me
     ("space", "message"),
     [
         ("{model.chunk_sise: [16, 32]}", r"space.model.chunk_sise: .*the nearest known one is model.chunk_size"),
+        ("{training.learning_rate: [0.1], nonsense: [1]}", r"space.nonsense: .*nonsense: unknown key"),
         ("{model.chunk_size: [16, 0]}", r"space.model.chunk_size: with 0 no arm is possible"),
         ("{model.heads: [3]}", r"space.model.heads: with 3 no arm is possible"),
         ("{levels: {ladder: {count: [1, 3], ratio: 64}}}", r"space.levels.ladder.count: with 3 .*would never move"),

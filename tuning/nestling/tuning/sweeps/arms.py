@@ -114,10 +114,16 @@ class Arms:
     def check(self) -> None:
         """Raises ConfigError, naming it, if a key or value of the space is in no arm."""
         generator = random.Random(self._sweep.draw_seed)
-        for dimension in self.space.dimensions:
-            for value in dimension.ends():
-                if problem := self._impossible(dimension, value, generator):
-                    raise ConfigError(f"space.{dimension.key}: with {value!r} no arm is possible: {problem}")
+        wrong = [
+            (dimension.key, value, problem)
+            for dimension in self.space.dimensions
+            for value in dimension.ends()
+            if (problem := self._impossible(dimension, value, generator))
+        ]
+        # Beside a key that cannot be at all, no value of any other one is in an arm; that key is in the problem.
+        if wrong:
+            key, value, problem = min(wrong, key=lambda each: each[0] not in each[2])
+            raise ConfigError(f"space.{key}: with {value!r} no arm is possible: {problem}")
 
     def _impossible(self, dimension: Dimension, value: Any, generator: random.Random) -> str:
         """Why no arm has this value, as far as some tries say so; empty if one has."""
