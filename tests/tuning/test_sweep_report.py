@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.tuning.finished import make_sweep
@@ -36,6 +38,16 @@ def test_a_sweep_is_told_in_words_and_figures(tmp_path: Path) -> None:
     assert "nestling sweep tuning/levels.yaml" in page
     assert set(report.figures) == {"by-parameter", "parallel", "by-cost", "level-frequencies", "heldout-bits_per_byte"}
     assert all(b"plotly.js" in path.read_bytes() for path in report.figures.values())
+
+    (folder.path / "trials.jsonl").write_text(json.dumps(_only(folder)) + "\n")
+    report = sweep_report(folder, tmp_path)
+    assert report.best == "job" and "There is no other arm" in report.answer
+
+
+def _only(folder: RunFolder) -> dict[str, Any]:
+    """A trial of a sweep in which nothing varied."""
+    line = (folder.path / "trials.jsonl").read_text().splitlines()[-2]
+    return json.loads(line) | {"arm": "job", "values": {}, "state": "finished"}
 
 
 def test_a_sweep_in_which_nothing_has_ended_is_said(tmp_path: Path) -> None:

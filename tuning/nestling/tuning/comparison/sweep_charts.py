@@ -37,7 +37,7 @@ def by_parameter(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure
 def parallel(arms: Sequence[Arm], objectives: Sequence[Metric]) -> go.Figure | None:
     """Parallel coordinates: a line for each arm that finished, through its parameters and what it came to."""
     whole = [arm for arm in arms if arm.finished and all(arm.interval(metric.name) for metric in objectives)]
-    if not whole:
+    if not whole or not whole[0].differs:
         return None
     dimensions = [_dimension(key, [arm.differs[key] for arm in whole]) for key in whole[0].differs]
     for metric in objectives:

@@ -152,10 +152,10 @@ def said(value: list[Any]) -> str:
 
 
 def label(values: Mapping[str, Any]) -> str:
-    """The name of an arm: what varies, without the sections that its keys are in."""
+    """The name of an arm: what varies, without the sections that its keys are in; `job` if nothing does."""
     short = {key: key.rpartition(".")[2] for key in values}
     unique = {key: name if list(short.values()).count(name) == 1 else key for key, name in short.items()}
-    return "; ".join(f"{unique[key]} {_number(value)}" for key, value in values.items())
+    return "; ".join(f"{unique[key]} {_number(value)}" for key, value in values.items()) or "job"
 
 
 def _number(value: Any) -> str:
