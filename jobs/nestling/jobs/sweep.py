@@ -95,6 +95,8 @@ def run(plan: Plan, folder: RunFolder, as_json: bool) -> dict[str, Any]:
     known = _known(plan, folder, result)
     if not as_json:
         print(_report(folder, result))
+    if missing := result.trials - result.completed - len(result.failed):
+        say(f"Optuna found no more arms that are possible and different: {missing} trials fewer than asked for")
     for each in result.failed:
         say(f"failed: {each.arm}, seed {each.seed}: {each.error}", style="red")
     if not result.completed:

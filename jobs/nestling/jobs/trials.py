@@ -73,7 +73,10 @@ class TrialsProgress:
     def _table(self) -> Table:
         from nestling.tuning.sweeps.outcome import LOGGED, Lines, trial_folders
 
-        table = Table(box=None, pad_edge=False, title=f"{self._ended} of {self._plan.trials} trials have ended")
+        title = f"{self._ended} of {self._plan.trials} trials have ended"
+        if self._folder.stop.exists():
+            title += "; saving the others, then stopping (Ctrl-C again: at once)"
+        table = Table(box=None, pad_edge=False, title=title)
         for heading in ("arm", "seed", "state", "tokens", self._objective):
             table.add_column(heading, justify="left" if heading in ("arm", "state") else "right")
         outcomes = Lines(self._folder).outcomes()
