@@ -214,6 +214,9 @@ def test_the_log_and_mlflow_hold_every_step_once(finished):
     folder, summary, seen = finished
     records = folder.records()
     assert [record["step"] for record in records] == list(range(1, STEPS + 1)) == [r["step"] for r in seen]
+    # Record by record, the seconds of the steps are what the whole run took, without what lies between steps.
+    spent = sum(256 / record["train/tokens_per_second"] for record in records)
+    assert 0.3 < spent * summary.tokens_per_second / (STEPS * 256) < 1
     client = mlflow.MlflowClient(summary.tracking_uri)
     run_id = folder.info()["mlflow_run_id"]
     history = client.get_metric_history(run_id, "train/loss")

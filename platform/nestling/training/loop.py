@@ -10,7 +10,6 @@ import math
 import random
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -29,9 +28,6 @@ from nestling.training.engine import levels_of, make_engine, optimizer_step, set
 from nestling.training.groups import parameter_groups
 from nestling.training.guard import Guard
 from nestling.training.schedule import rate_factor
-
-#: Steps over which tokens per second are averaged.
-RATE_WINDOW = 20
 
 
 class TrainingLoop(ABC):
@@ -88,7 +84,8 @@ class TrainingLoop(ABC):
         self._rate = self._rate_factor()
         set_rate(self.engine, self._rate)
         self._run_batch(self._judge)
-        self._ends.append(time.perf_counter())
+        self._timed += 1
+        self._ended = time.perf_counter()
         return self.loss
 
     def first_bad_gradient(self) -> str:
@@ -178,7 +175,8 @@ class TrainingLoop(ABC):
 
     def restart_clock(self) -> None:
         """Leave what has been done since the last step out of the tokens per second."""
-        self._ends: deque[float] = deque([time.perf_counter()], maxlen=RATE_WINDOW + 1)
+        self._timed = 0
+        self._began = self._ended = time.perf_counter()
 
     def _rate_factor(self) -> float:
         """Share of the peak learning rates at step `done`."""
@@ -238,8 +236,10 @@ class TrainingLoop(ABC):
         return bool(self.refused)
 
     def _tokens_per_second(self) -> float:
-        steps, seconds = len(self._ends) - 1, self._ends[-1] - self._ends[0]
-        return steps * self.config.training.batch_tokens / max(seconds, 1e-9)
+        """Of the steps since the last record, so that the records add up to the seconds that a run has trained."""
+        tokens, seconds = self._timed * self.config.training.batch_tokens, self._ended - self._began
+        self.restart_clock()
+        return tokens / seconds if seconds else math.nan
 
 
 class Training(TrainingLoop):

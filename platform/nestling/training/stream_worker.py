@@ -68,6 +68,7 @@ class StreamWorker:
         except ResumeError as unusable:
             return self._figures("failed") | {"error": str(unusable)}
         first, began = training.done, time.perf_counter()
+        training.restart_clock()
         error = ""
         try:
             self._learn()
@@ -295,6 +296,7 @@ class StreamWorker:
         self.keeper.save(record)
         self._overdue = False
         self._saved = (training.position.window, training.batches_done)
+        training.restart_clock()
         asked = [self.folder.changes.exists()]
         torch.distributed.broadcast_object_list(asked)
         self._changing = asked[0]

@@ -92,6 +92,7 @@ class Worker:
         except ResumeError as reason:
             return self._figures("failed") | {"error": str(reason)}
         first, began = training.done, time.perf_counter()
+        training.restart_clock()
         while training.done < steps and not training.stop:
             training.step()
             step = training.done
@@ -146,6 +147,7 @@ class Worker:
         if last or training.stop or (self._overdue and not training.guard.in_a_row):
             self.keeper.save(record)
             self._overdue, self._back = False, None
+            training.restart_clock()
         self.keeper.tell()
 
     def _evaluate(self, tokens: int) -> Report:
