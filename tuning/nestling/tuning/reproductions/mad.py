@@ -60,7 +60,7 @@ SIZES: dict[type[MadTask], tuple[int, int]] = {
     Compression: (64, 150),
     InContextRecall: (32, 300),
     FuzzyRecall: (32, 100),
-    SelectiveCopying: (16, 150),
+    SelectiveCopying: (16, 100),
     Memorisation: (64, 150),
 }
 #: Hidden layers twice as wide as a head tell twice as many keys apart.
