@@ -57,7 +57,7 @@ HARDER: dict[type[MadTask], dict[str, tuple[Any, ...]]] = {
 }
 #: Sequences of a batch and steps of the default size, 0.3 to 1.2 million tokens each.
 SIZES: dict[type[MadTask], tuple[int, int]] = {
-    Compression: (64, 150),
+    Compression: (64, 100),
     InContextRecall: (32, 300),
     FuzzyRecall: (32, 100),
     SelectiveCopying: (16, 100),
