@@ -73,12 +73,13 @@ HOPE: Model = {
     "chunk_size": 32,
     "memory_width": 64,
 }
-#: Learning rates of the default size, of which the first seed's validation chooses.
+#: Learning rates of the default size, of which the first seed's validation chooses. Titans diverges at 5e-3, and at
+#: 1e-3 its validation is better in no task by more than 0.003.
 RATES: dict[str, tuple[float, ...]] = {
     "hope": (5e-3,),
     "hope_attention": (2e-3, 5e-3),
     "transformer": (1e-3, 2e-3),
-    "titans": (1e-3, 2e-3),
+    "titans": (2e-3,),
 }
 #: Score on the validation examples at which the default size ends early.
 ENOUGH = 0.999
@@ -108,9 +109,9 @@ def experiment(full: bool) -> Experiment:
         notes.append(
             "The benchmark trains on 327 million tokens a task and picks the best of six settings; here it is 0.3 to "
             "1.2 million, fewer where 99.9 % of the validation examples are right, at width 64 instead of 128, at the "
-            "better of two learning rates (in brackets, by the first seed's validation), for HOPE at 5e-3: do not "
-            "expect the paper's numbers. Hidden layers of HOPE's memories are twice as wide as a head, those of "
-            "Titans' memory as wide."
+            "better of two learning rates (in brackets, by the first seed's validation), for HOPE at 5e-3, for Titans "
+            "(which diverges there) at 2e-3: do not expect the paper's numbers. Hidden layers of HOPE's memories are "
+            "twice as wide as a head, those of Titans' memory as wide."
         )
         notes.append(
             "Writes off: the trained model with the step sizes of its memories at zero. In recall the short "
