@@ -55,7 +55,7 @@ HARDER: dict[type[MadTask], dict[str, tuple[Any, ...]]] = {
     },
     Memorisation: {"vocabulary": (512, 1024, 2048, 4096, 8192)},
 }
-#: Sequences of a batch and steps of the default size, 0.3 to 1.2 million tokens each.
+#: Sequences of a batch and steps of the default size, 0.2 to 1.2 million tokens each.
 SIZES: dict[type[MadTask], tuple[int, int]] = {
     Compression: (64, 100),
     InContextRecall: (32, 300),
@@ -107,7 +107,7 @@ def experiment(full: bool) -> Experiment:
     ]
     if not full:
         notes.append(
-            "The benchmark trains on 327 million tokens a task and picks the best of six settings; here it is 0.3 to "
+            "The benchmark trains on 327 million tokens a task and picks the best of six settings; here it is 0.2 to "
             "1.2 million, fewer where 99.9 % of the validation examples are right, at width 64 instead of 128, at the "
             "better of two learning rates (in brackets, by the first seed's validation), for HOPE at 5e-3, for Titans "
             "(which diverges there) at 2e-3: do not expect the paper's numbers. Hidden layers of HOPE's memories are "
