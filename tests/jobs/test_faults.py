@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
-from tests.jobs.in_process import nestling, result
+from tests.jobs.in_process import result
 
 ROOT = Path(__file__).parents[2]
 STEPS = 90
@@ -130,24 +130,17 @@ def undisturbed(ray_local: None, runs: Path) -> tuple[str, list[tuple[int, float
     return found
 
 
-def test_kill_9_of_a_worker_and_of_the_driver(runs: Path, undisturbed: Any) -> None:
+def test_kill_9_of_a_worker(runs: Path, undisturbed: Any) -> None:
     run = Run(runs, "train", "quickstart", *JOB)
-    folder = run.reaches(25)
+    folder = run.reaches(45)
     run.workers()[1].kill()
-    run.until(lambda: len(events(folder, "resumed")) == 1)
-    run.reaches(50)
-    code, _, err = nestling(runs, "resume", "latest")
-    assert code == 2 and "being trained" in err
-    run.kill()
-    _, _, err = run.ended()
+    code, summary, err = run.ended()
+    assert code == 0, err
     assert "died" in err and "starting again from the last checkpoint (1 of 3)" in err
-    assert "training goes on from the checkpoint of step 20" in err
-    assert result(runs, "runs")["runs"][-1]["status"] == "stopped"
-    summary = result(runs, "resume", "latest")
-    assert (summary["run_dir"], summary["status"], summary["steps"]) == (str(folder), "finished", STEPS)
-    assert events(folder, "resumed")[-1]["step"] >= 40
+    assert "training goes on from the checkpoint of step 40" in err
     assert fingerprint(folder) == undisturbed
     assert history(folder) == undisturbed[1]
+    assert summary["steps"] == STEPS
 
 
 def test_a_run_that_gave_up_is_resumed_from_the_last_good_checkpoint(runs: Path, undisturbed: Any) -> None:
@@ -162,7 +155,7 @@ def test_a_run_that_gave_up_is_resumed_from_the_last_good_checkpoint(runs: Path,
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
-    code, _, err = nestling(runs, "resume", summary["run_id"])
+    code, _, err = Run(runs, "resume", summary["run_id"]).ended()
     assert code == 0, err
     (damaged,) = events(folder, "damaged")
     assert str(shard) in damaged["message"] and "altered" in damaged["message"] and damaged["message"] in err
@@ -170,21 +163,44 @@ def test_a_run_that_gave_up_is_resumed_from_the_last_good_checkpoint(runs: Path,
     assert fingerprint(folder) == undisturbed
 
 
+def test_kill_9_of_the_driver(runs: Path, undisturbed: Any) -> None:
+    run = Run(runs, "train", "quickstart", *JOB)
+    folder = run.reaches(50)
+    second = Run(runs, "resume", "latest").ended()
+    assert second[0] == 2 and "being trained" in second[2]
+    run.kill()
+    assert result(runs, "runs")["runs"][-1]["status"] == "stopped"
+    summary = result(runs, "resume", "latest")
+    assert summary["run_dir"] == str(folder) and summary["status"] == "finished"
+    assert events(folder, "resumed")[-1]["step"] >= 40
+    assert fingerprint(folder) == undisturbed
+    assert history(folder) == undisturbed[1]
+
+
 def test_ctrl_c_saves_and_the_run_goes_on(runs: Path, undisturbed: Any) -> None:
-    """SIGTERM does the same: streams are sent that."""
+    summary, err = interrupted(runs, signal.SIGINT)
+    assert f"nestling resume {summary['run_id']}" in err
+    assert result(runs, "evaluate", "latest")["heldout_loss"] > 0  # from the checkpoint
+    code, resumed, err = Run(runs, "resume", summary["run_id"]).ended()
+    assert code == 0, err
+    assert f"training goes on from the checkpoint of step {summary['steps']}" in err
+    assert fingerprint(Path(resumed["run_dir"])) == undisturbed
+
+
+def test_sigterm_saves_too(runs: Path) -> None:
+    interrupted(runs, signal.SIGTERM)
+
+
+def interrupted(runs: Path, number: signal.Signals) -> tuple[dict[str, Any], str]:
+    """The JSON of a run that was sent a signal, and what it said."""
     run = Run(runs, "train", "quickstart", *JOB)
     run.reaches(45)
-    run.process.send_signal(signal.SIGINT)
+    run.process.send_signal(number)
     code, summary, err = run.ended()
     assert code == 130 and summary["status"] == "interrupted", err
     assert summary["steps"] >= 45 and summary["checkpoint"].endswith(f"step-{summary['steps']:08}")
     assert "saving a checkpoint" in err and "Traceback" not in err
-    assert f"nestling resume {summary['run_id']}" in err
-    assert result(runs, "evaluate", "latest")["heldout_loss"] > 0  # from the checkpoint
-    code, resumed, err = nestling(runs, "resume", summary["run_id"])
-    assert code == 0, err
-    assert f"training goes on from the checkpoint of step {summary['steps']}" in err
-    assert fingerprint(Path(resumed["run_dir"])) == undisturbed
+    return summary, err
 
 
 def test_a_second_ctrl_c_leaves_at_once(runs: Path) -> None:
