@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from tests.jobs.in_process import result
-from tests.jobs.streams import begin, outcome, verified
+from tests.jobs.streams import begin, outcome, resumed, verified
 from tests.jobs.test_faults import events
 from tests.jobs.test_stream_faults import texts
 from typer.testing import CliRunner
@@ -52,18 +51,14 @@ def logits(found: OpenCheckpoint, config_of: OpenCheckpoint | None = None) -> to
 
 def end_of(runs: Path, folder: Path) -> dict[str, Any]:
     """Where the stream ends when it goes on."""
-    summary = result(runs, "stream", "--resume", read_json(folder / "run.json")["run_id"])
-    assert summary["steps"] == STEPS
+    code, summary, said = resumed(runs, folder).ended()
+    assert code == 0 and summary["steps"] == STEPS, said
     verified(runs, folder)
     return outcome(folder)
 
 
 def test_levels_change_while_a_stream_runs(
-    ray_local: None,
-    tmp_path: Path,
-    texts: Path,
-    tmp_path_factory: pytest.TempPathFactory,
-    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("NESTLING_RUNS", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
