@@ -16,6 +16,8 @@ from nestling.jobs.app import app
 
 def nestling(runs: Path, *arguments: str) -> tuple[int, dict[str, Any], str]:
     """Exit code, JSON and what was said of a verb that keeps its runs in `runs`."""
+    import ray.data  # noqa: F401  # its log goes on to the stderr that it finds here, and that of CliRunner is closed
+
     environment = {"NESTLING_RUNS": str(runs), "MLFLOW_TRACKING_URI": None}
     ended = CliRunner().invoke(app, [*arguments, "--json"], env=environment)
     return ended.exit_code, json.loads(ended.stdout.splitlines()[-1]), ended.stderr
