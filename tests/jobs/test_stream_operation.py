@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from mlflow import MlflowClient
-from tests.jobs.streams import begin, outcome, resumed, verified
+from tests.jobs.in_process import result
+from tests.jobs.streams import begin, outcome, verified
 from tests.jobs.test_faults import events
 from tests.jobs.test_stream_faults import texts
 from typer.testing import CliRunner
@@ -51,14 +52,18 @@ def logits(found: OpenCheckpoint, config_of: OpenCheckpoint | None = None) -> to
 
 def end_of(runs: Path, folder: Path) -> dict[str, Any]:
     """Where the stream ends when it goes on."""
-    code, summary, said = resumed(runs, folder).ended()
-    assert code == 0 and summary["steps"] == STEPS, said
+    summary = result(runs, "stream", "--resume", json.loads((folder / "run.json").read_text())["run_id"])
+    assert summary["steps"] == STEPS
     verified(runs, folder)
     return outcome(folder)
 
 
 def test_levels_change_while_a_stream_runs(
-    tmp_path: Path, texts: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+    ray_local: None,
+    tmp_path: Path,
+    texts: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("NESTLING_RUNS", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

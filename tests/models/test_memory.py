@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -103,8 +103,8 @@ delta_switches = st.fixed_dictionaries(
 
 
 @examples(40)
-@given(delta_cases, delta_switches, st.integers(1, 3))
-def test_delta_chunked_equals_the_token_loop(case: dict, switches: dict, blocks_per_state: int) -> None:
+@given(delta_cases, delta_switches, st.sampled_from([None, 1, 2, 3]))
+def test_delta_chunked_equals_the_token_loop(case: dict, switches: dict, blocks_per_state: int | None) -> None:
     arguments = delta_arguments(**case)
     expected = run_delta(arguments, backend="reference", **switches)
     assert_same(run_delta(arguments, backend="chunked", blocks_per_state=blocks_per_state, **switches), expected)
@@ -226,10 +226,11 @@ memory_switches = st.fixed_dictionaries(
 
 
 @examples(50)
-@given(memory_cases, memory_switches, st.integers(1, 3))
-def test_chunked_equals_the_token_loop(case: dict, switches: dict, blocks_per_state: int) -> None:
+@given(memory_cases, memory_switches, st.sampled_from([None, 1, 2, 3]))
+def test_chunked_equals_the_token_loop(case: dict, switches: dict, blocks_per_state: int | None) -> None:
     arguments = memory_arguments(**case)
     expected = run_memory(arguments, backend="reference", **switches)
+    assume(all(bool(right.isfinite().all()) for right in expected.values()))  # plain gradient descent may diverge
     assert_same(run_memory(arguments, backend="chunked", blocks_per_state=blocks_per_state, **switches), expected)
     if case["tokens"] == 0:
         assert all(torch.equal(expected[f"weight {n}.w2"], arguments[f"{n}.w2"]) for n in MEMORIES)
@@ -464,7 +465,9 @@ def test_memory_of_the_backward_pass_grows_with_the_number_of_chunks() -> None:
     one_state = 2 * 5 * 2 * 8 * 8 * 8  # weights and snapshots of five memories of two 8 x 8 layers, 8 bytes a number
     token = 2 * 8 * 8  # x and queries
     for chunk in (16, 32):
-        few, many = (saved_by_memory(tokens, chunk_size=chunk, backend="chunked") for tokens in (128, 256))
+        few, many = (
+            saved_by_memory(tokens, chunk_size=chunk, blocks_per_state=1, backend="chunked") for tokens in (128, 256)
+        )
         per_chunk = (many - few) / (128 // chunk)
         assert per_chunk <= one_state + 2 * chunk * token, "one state and the inputs, a chunk"
         assert per_chunk < chunk * one_state / 8, "nothing like a state a token"
@@ -481,7 +484,7 @@ def test_delta_memory_of_the_backward_pass() -> None:
         return saved_bytes(lambda: delta_scan(**arguments, **switches))
 
     one_state, token = 32 * 32 * 8, (3 * 32 + 2) * 8
-    assert saved(1024) - saved(512) <= 512 * token + 8 * one_state * 1.1
+    assert saved(1024, blocks_per_state=1) - saved(512, blocks_per_state=1) <= 512 * token + 8 * one_state * 1.1
     assert saved(1024, blocks_per_state=4) <= 1024 * token + 4 * one_state * 1.5
 
 

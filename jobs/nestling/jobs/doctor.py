@@ -87,7 +87,7 @@ def _package(requirement: Requirement) -> Check:
 def _machine() -> Iterator[Check]:
     import torch
 
-    from nestling.memory.checks import check_backend
+    from nestling.memory.backends import chosen
 
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     yield Check("cpu", True, f"{cores} logical cores, {platform.machine()}")
@@ -96,7 +96,8 @@ def _machine() -> Iterator[Check]:
     yield Check("memory", memory >= LEAST_MEMORY, f"{memory / GIB:.1f} GiB", fix)
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     yield Check("gpu", True, ", ".join(names) or "none: training runs on the CPU")
-    yield Check("memory backend", True, check_backend("auto"))
+    device = "cuda" if names else "cpu"
+    yield Check("memory backend", True, chosen("auto", torch.empty(0, device=device), None))
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     yield Check("c++ compiler", True, compiler or "none (not required)")
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-BACKENDS = ("auto", "reference", "chunked")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -19,12 +18,6 @@ def state_dtype(dtype: torch.dtype) -> torch.dtype:
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: got {value!r}, needs one of {', '.join(map(repr, choices))}")
-
-
-def check_backend(backend: str) -> str:
-    """The backend that will run: `auto` is `chunked`, the fastest one there is so far."""
-    check_choice("backend", backend, BACKENDS)
-    return "chunked" if backend == "auto" else backend
 
 
 def check_positive(name: str, value: Any) -> None:

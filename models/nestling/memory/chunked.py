@@ -34,7 +34,7 @@ def delta_scan(
     base: Tensor | None,
     erase: bool,
     read: str,
-    blocks_per_state: int,
+    blocks_per_state: int | None,
 ) -> tuple[Tensor, Tensor]:
     if keys.shape[2] == 0:
         return queries.new_empty(*local_grads.shape), initial
@@ -73,7 +73,7 @@ def self_modifying_scan(
     eta_bias: Tensor,
     alpha_bias: Tensor,
     mu: Tensor | None,
-    blocks_per_state: int,
+    blocks_per_state: int | None,
 ) -> tuple[Tensor, MemoryState]:
     if x.shape[2] == 0:
         return x.new_empty(x.shape), state
@@ -102,7 +102,7 @@ def _scan_written(
     static: Weights,
     scalars: tuple[Tensor, ...],
     log_mu: Tensor | None,
-    blocks_per_state: int,
+    blocks_per_state: int | None,
 ) -> tuple[Tensor, dict[str, Layers], dict[str, Layers], dict[str, Layers]]:
     """What `memory` reads (the queries, if it is static); weights, snapshots and momentum of what is written."""
     stack = (MatrixStack if state.matrices else MlpStack)(rule, state.weights)

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from nestling.memory import chunked, reference
+from nestling.memory.backends import chosen, widths_obstacle
 from nestling.memory.checks import (
-    check_backend,
     check_choice,
     check_float,
     check_no_nan,
@@ -30,7 +30,7 @@ def delta_scan(
     erase: bool = True,
     read: str = "before",
     backend: str = "auto",
-    blocks_per_state: int = 1,
+    blocks_per_state: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a linear layer over a sequence while every token updates it.
 
@@ -48,8 +48,10 @@ def delta_scan(
         base: (B, H, m, n), what the gate decays towards; None is zero.
         erase: keep the term `- eta_t (W_{t-1} z_t) z_t^T`; False is plain gradient descent.
         read: "before" reads W_{t-1} q_t, "after" W_t q_t, "boundary" initial q_t.
-        backend: "reference" (token loop), "chunked" (matrix products) or "auto".
-        blocks_per_state: blocks of 64 tokens between two states kept for the backward pass of `chunked`.
+        backend: "reference" (token loop), "chunked" (matrix products), "triton" (fused kernels: CUDA, widths 16 to 256,
+            float32 or shorter) or "auto", the fastest that can run.
+        blocks_per_state: blocks of 64 tokens between two states kept for the backward pass of `chunked`, which
+            makes the rest again; None: one, and all is kept where it is little.
 
     Returns:
         outputs (B, H, T, m) in the inputs' dtype, and W_T (B, H, m, n) in float32 or wider.
@@ -57,15 +59,20 @@ def delta_scan(
     Raises:
         ValueError: a wrong shape, dtype, device, choice, or NaN in `log_alpha` or `eta`.
     """
-    backend = check_backend(backend)
     if not isinstance(erase, bool):
         raise ValueError(f"erase: got {erase!r}, needs True or False")
     check_choice("read", read, ("before", "after", "boundary"))
-    check_positive("blocks_per_state", blocks_per_state)
+    if blocks_per_state is not None:
+        check_positive("blocks_per_state", blocks_per_state)
     _check_tensors(keys, local_grads, log_alpha, eta, queries, initial, base)
+    backend = chosen(backend, keys, widths_obstacle(n=keys.shape[-1], m=local_grads.shape[-1]))
 
     dtype = state_dtype(keys.dtype)
     with torch.autocast(keys.device.type, enabled=False):
+        if backend == "triton":
+            from nestling.memory.fused.delta import delta_scan as fused
+
+            return fused(keys, local_grads, log_alpha, eta, queries, initial, base, erase, read)
         z, delta, log_gate, step, q, first = (
             tensor.to(dtype) for tensor in (keys, local_grads, log_alpha, eta, queries, initial)
         )

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from nestling.memory import chunked, reference
+from nestling.memory.backends import chosen, widths_obstacle
 from nestling.memory.checks import (
-    check_backend,
     check_float,
     check_no_nan,
     check_positive,
@@ -17,6 +17,7 @@ from nestling.memory.checks import (
     check_shape,
     state_dtype,
 )
+from nestling.memory.fused import self_modifying as fused
 from nestling.memory.rule import Rule
 from nestling.memory.state import ALL_MEMORIES, MemoryState, apply_memory, check_momentum, check_weights
 
@@ -40,7 +41,7 @@ def self_modifying_scan(
     adaptive: Collection[str] | None = None,
     momentum: float | Tensor = 0.0,
     backend: str = "auto",
-    blocks_per_state: int = 1,
+    blocks_per_state: int | None = None,
 ) -> tuple[Tensor, MemoryState]:
     """Read a sequence with small memories that write themselves at every token.
 
@@ -69,8 +70,11 @@ def self_modifying_scan(
         adaptive: names of the memories that are written; None: all. The others are read, and neither learn nor decay.
         momentum: mu in [0, 1), a number or one a head (H,): a layer moves along S_t = mu S_{t-1} + delta_t z_t^T in the
             place of its gradient, W_t = W_{t-1} (alpha I - eta z z^T) - eta S_t, and the state carries S.
-        backend: "reference" (token loop), "chunked" (matrix products) or "auto".
-        blocks_per_state: blocks (of at most 64 tokens) between two states kept for the backward pass of `chunked`.
+        backend: "reference" (token loop), "chunked" (matrix products), "triton" (fused kernels: CUDA, widths 16 to 256,
+            float32 or shorter, two-layer memories that are all written without momentum) or "auto", the fastest that
+            can run.
+        blocks_per_state: blocks (of at most 64 tokens) between two states kept for the backward pass of `chunked`,
+            which makes the rest again; None: one, and all is kept where it is little.
 
     Returns:
         outputs (B, H, T, D) in x's dtype, and the new state, in float32 or wider.
@@ -78,8 +82,8 @@ def self_modifying_scan(
     Raises:
         ValueError: a wrong shape, dtype, device or choice, a chunk size below 1, NaN in a gate's argument.
     """
-    backend = check_backend(backend)
-    check_positive("blocks_per_state", blocks_per_state)
+    if blocks_per_state is not None:
+        check_positive("blocks_per_state", blocks_per_state)
     _check_tensors(x, queries, state)
     rule = Rule(
         chunk_size,
@@ -92,6 +96,9 @@ def self_modifying_scan(
         write,
         _names(adaptive, state),
     )
+    width, hidden = x.shape[-1], state.weights["key"][-1].shape[2]
+    obstacle = fused.obstacle(state, rule, momentum) or widths_obstacle(D=width, N=hidden)
+    backend = chosen(backend, x, obstacle)
     dtype = state_dtype(x.dtype)
     scalars = (
         _per_head("eta_max", eta_max, x.shape[1], x, dtype),
@@ -101,6 +108,8 @@ def self_modifying_scan(
     mu = _momentum(momentum, x, dtype)
     with torch.autocast(x.device.type, enabled=False):
         state = state.map(lambda layer: layer.to(dtype))
+        if backend == "triton":
+            return fused.self_modifying_scan(x, queries, state, rule, *scalars)
         args = (x.to(dtype), queries.to(dtype), state, rule, *scalars, mu)
         if backend == "reference":
             outputs, state = reference.self_modifying_scan(*args)

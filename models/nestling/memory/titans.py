@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nestling.memory import reference
+from nestling.memory.backends import chosen
 from nestling.memory.checks import (
-    check_backend,
     check_choice,
     check_float,
     check_no_nan,
@@ -89,7 +89,7 @@ def titans_scan(
     read: str = "after",
     decay_to: str = "zero",
     backend: str = "auto",
-    blocks_per_state: int = 1,
+    blocks_per_state: int | None = None,
 ) -> tuple[Tensor, TitansState]:
     """Read a sequence with a two-layer memory that learns `M(k_t) = v_t` while it reads.
 
@@ -109,7 +109,8 @@ def titans_scan(
         read: the memory that token t reads: "after" its own write (the paper's M_t), "before" it, or at the "boundary".
         decay_to: the base: "zero" (the paper's) or the "initial" weights of the state.
         backend: "reference" (token loop), "chunked" (matrix products) or "auto".
-        blocks_per_state: blocks (of at most 64 tokens) between two states kept for the backward pass of `chunked`.
+        blocks_per_state: blocks (of at most 64 tokens) between two states kept for the backward pass of `chunked`,
+            which makes the rest again; None: one, and all is kept where it is little.
 
     Returns:
         outputs (B, H, T, D) in the inputs' dtype, and the new state, in float32 or wider.
@@ -117,12 +118,13 @@ def titans_scan(
     Raises:
         ValueError: a wrong shape, dtype, device or choice, a chunk size below 1, NaN in a gate.
     """
-    backend = check_backend(backend)
     check_positive("chunk_size", chunk_size)
-    check_positive("blocks_per_state", blocks_per_state)
+    if blocks_per_state is not None:
+        check_positive("blocks_per_state", blocks_per_state)
     check_choice("read", read, ("before", "after", "boundary"))
     check_choice("decay_to", decay_to, ("zero", "initial"))
     _check_tensors(keys, values, queries, log_alpha, theta, log_mu, state)
+    backend = chosen(backend, keys, "titans_scan has no fused kernels")
     dtype = state_dtype(keys.dtype)
     with torch.autocast(keys.device.type, enabled=False):
         k, v, q, log_gate, step, log_carry = (
@@ -147,7 +149,7 @@ def _chunked(
     chunk_size: int,
     read: str,
     decay_to: str,
-    blocks_per_state: int,
+    blocks_per_state: int | None,
 ) -> tuple[Tensor, TitansState]:
     tokens = keys.shape[2]
     if tokens == 0:

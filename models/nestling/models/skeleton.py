@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from nestling.memory.recompute import sparing
 from nestling.models.cms import Level
 from nestling.models.component import Component
 from nestling.models.config import SkeletonConfig
@@ -105,7 +106,7 @@ class LanguageModel(nn.Module):
         x, after = self.embedding(tokens), []
         for block, before in zip(self._blocks(), states, strict=True):
             if self.activation_checkpointing and torch.is_grad_enabled():
-                x, new = checkpoint(block, x, before, use_reentrant=False)
+                x, new = checkpoint(block, x, before, use_reentrant=False, context_fn=lambda: (sparing(), sparing()))
             else:
                 x, new = block(x, before)
             after.append(new)

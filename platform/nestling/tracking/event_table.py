@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 ARTIFACT = "events.json"
-KINDS = ("drift", "rolled-back", "resumed", "failed", "damaged", "save-failed")
+KINDS = ("drift", "rolled-back", "lanes-anew", "resumed", "failed", "damaged", "save-failed")
 #: Events in the table: the last ones.
 LIMIT = 1000
 
