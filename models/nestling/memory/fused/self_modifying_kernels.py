@@ -266,28 +266,27 @@ def _block(
     kd, solved = k.to(z.dtype), tl.zeros((C, C), tl.float32)
     if WRITE2 and ERASE2:
         solved = _inverse(kd, _step(eta, k, PROXIMAL), before, now, keys, numbers, inverse, DP, PRECISION, UPCAST)
-    for box in tl.static_range(5):
-        if box == 2 or box == 3:
-            _write(
-                k, v, eta, q, now, before, last, solved, w1, w2, f1, f2, b1, b2, box, keys, numbers, inverse,
-                False, 1, 16, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2, PRECISION, UPCAST,
-            )  # fmt: skip
-        else:
-            y = _write(
-                k, v, eta, q, now, before, last, solved, w1, w2, f1, f2, b1, b2, box, keys, numbers, inverse,
-                box == 4 and READ != "none", D, DP, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2,
-                PRECISION, UPCAST,
-            )  # fmt: skip
-            if box == 4 and READ != "none":
-                _keep_tokens(outputs, row, start, stop, T, D, DP, q + y)
+    for box in range(2):
+        _write(
+            k, v, eta, q, now, before, last, solved, w1, w2, f1, f2, b1, b2, box, keys, numbers, inverse,
+            False, D, DP, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2, PRECISION, UPCAST,
+        )  # fmt: skip
+    for box in range(2, 4):
+        _write(
+            k, v, eta, q, now, before, last, solved, w1, w2, f1, f2, b1, b2, box, keys, numbers, inverse,
+            False, 1, 16, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2, PRECISION, UPCAST,
+        )  # fmt: skip
+    y = _write(
+        k, v, eta, q, now, before, last, solved, w1, w2, f1, f2, b1, b2, 4, keys, numbers, inverse,
+        READ != "none", D, DP, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2, PRECISION, UPCAST,
+    )  # fmt: skip
+    if READ != "none":
+        _keep_tokens(outputs, row, start, stop, T, D, DP, q + y)
     tl.debug_barrier()
     if fresh % 2 == 1:
-        for box in tl.static_range(4):
+        for box in range(4):
             _refresh(f2, w2, box, D, N, N, D, NP, DP)
-            if box == 2 or box == 3:
-                _refresh(f1, w1, box, D, N, 1, N, 16, NP)
-            else:
-                _refresh(f1, w1, box, D, N, D, N, DP, NP)
+            _refresh(f1, w1, box, D, N, D, N, DP, NP)  # of eta and alpha the rows that are filled up, too
     if fresh >= 2:
         _refresh(f2, w2, 4, D, N, N, D, NP, DP)
         _refresh(f1, w1, 4, D, N, D, N, DP, NP)
@@ -591,12 +590,9 @@ def _block_backward(
     """Back through one block; gradients of eta_max, eta_bias and alpha_bias."""
     tl.debug_barrier()
     if fresh % 2 == 1:
-        for box in tl.static_range(4):
+        for box in range(4):
             _refresh_backward(gf2, gw2, box, D, N, N, D, NP, DP)
-            if box == 2 or box == 3:
-                _refresh_backward(gf1, gw1, box, D, N, 1, N, 16, NP)
-            else:
-                _refresh_backward(gf1, gw1, box, D, N, D, N, DP, NP)
+            _refresh_backward(gf1, gw1, box, D, N, D, N, DP, NP)
     if fresh >= 2:
         _refresh_backward(gf2, gw2, 4, D, N, N, D, NP, DP)
         _refresh_backward(gf1, gw1, 4, D, N, D, N, DP, NP)
@@ -621,24 +617,30 @@ def _block_backward(
     kd, solved = k.to(z.dtype), tl.zeros((C, C), tl.float32)
     if WRITE2 and ERASE2:
         solved = _inverse(kd, _step(eta, k, PROXIMAL), before, now, keys, numbers, inverse, DP, PRECISION, UPCAST)
-    grad_k, grad_v = tl.zeros((C, DP), tl.float32), tl.zeros((C, DP), tl.float32)
-    grad_eta, grad_now, grad_before = tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32), tl.zeros((C,), tl.float32)
-    grad_last = 0.0
-    for box in tl.static_range(5):
-        if box == 2 or box == 3:
-            a, b, c, d, e, f, _ = _write_backward(
-                k, v, eta, q, grad_y, now, before, last, solved, w1, w2, f1, f2, b1, b2, gw1, gw2, gf1, gf2, gb1, gb2,
-                box, keys, numbers, inverse, False, 1, 16, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED,
-                WRITE2, PRECISION, UPCAST,
-            )  # fmt: skip
-        else:
-            a, b, c, d, e, f, grad_q = _write_backward(
-                k, v, eta, q, grad_y, now, before, last, solved, w1, w2, f1, f2, b1, b2, gw1, gw2, gf1, gf2, gb1, gb2,
-                box, keys, numbers, inverse, box == 4, D, DP, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED,
-                WRITE2, PRECISION, UPCAST,
-            )  # fmt: skip
-            if box == 4:
-                _keep_tokens(grad_queries, row, start, stop, T, D, DP, grad_y + grad_q)
+    grad_k, grad_v, grad_eta, grad_now, grad_before, grad_last, grad_q = _write_backward(
+        k, v, eta, q, grad_y, now, before, last, solved, w1, w2, f1, f2, b1, b2, gw1, gw2, gf1, gf2, gb1, gb2,
+        4, keys, numbers, inverse, True, D, DP, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2,
+        PRECISION, UPCAST,
+    )  # fmt: skip
+    _keep_tokens(grad_queries, row, start, stop, T, D, DP, grad_y + grad_q)
+    for box in range(2):
+        a, b, c, d, e, f, _ = _write_backward(
+            k, v, eta, q, grad_y, now, before, last, solved, w1, w2, f1, f2, b1, b2, gw1, gw2, gf1, gf2, gb1, gb2,
+            box, keys, numbers, inverse, False, D, DP, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2,
+            PRECISION, UPCAST,
+        )  # fmt: skip
+        grad_k += a
+        grad_v += b
+        grad_eta += c
+        grad_now += d
+        grad_before += e
+        grad_last += f
+    for box in range(2, 4):
+        a, b, c, d, e, f, _ = _write_backward(
+            k, v, eta, q, grad_y, now, before, last, solved, w1, w2, f1, f2, b1, b2, gw1, gw2, gf1, gf2, gb1, gb2,
+            box, keys, numbers, inverse, False, 1, 16, D, N, DP, NP, L2, ERASE1, ERASE2, PROXIMAL, READ, BASED, WRITE2,
+            PRECISION, UPCAST,
+        )  # fmt: skip
         grad_k += a
         grad_v += b
         grad_eta += c

@@ -1,4 +1,4 @@
-"""How fast each backend of the memory operations is here: `python -m nestling.memory.benchmark [--json FILE]`.
+"""How fast each backend of the memory operations is here: `python -m tests.benchmarks.kernels [--json FILE]`.
 
 Every backend is first compared with the token loop in float64, and is timed only if it agrees. On a GPU the shapes are
 those of models that people train, in bfloat16, and each call is timed with a cold L2 cache; on a CPU there is one

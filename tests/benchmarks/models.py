@@ -1,4 +1,4 @@
-"""How fast a training step of HOPE is beside our Transformer's: `python -m nestling.models.benchmark [--json FILE]`.
+"""How fast a training step of HOPE is beside our Transformer's: `python -m tests.benchmarks.models [--json FILE]`.
 
 Both have the same number of parameters, the same batch, and learn the next token: forward pass, cross-entropy and
 backward pass, without the optimizer. On a GPU the shapes are those of 340 million and 1.3 billion parameters in
@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tests.benchmarks.kernels import facts_of, matrix_rate, milliseconds
 
 from nestling.memory import MEMORIES
-from nestling.memory.benchmark import facts_of, matrix_rate, milliseconds
 from nestling.models import HopeConfig, SkeletonConfig, TransformerConfig, build
 from nestling.models.parameters import match_parameters, parameter_count
 
