@@ -79,7 +79,7 @@ def _scan(
             *(keys, log_alpha, eta, total, inverse, tokens),
             **given | {"SHUT": SHUT, "PRECISION": "tf32x3", "num_warps": 4},
         )
-        shape = tile(m, n)
+        shape = tile(m, n, keys.dtype)
         delta_kernels.forward[(-(-m // shape["TILE"]), rows)](
             *(keys, local_grads, queries, eta, total, inverse, initial, outputs, final, states, tokens),
             **given | {"M": m, "READ": read, "KEEP": keep, **shape},
@@ -128,7 +128,7 @@ def _backward(
     from nestling.memory.fused import delta_kernels
 
     (batch, heads, tokens, n), m = keys.shape, local_grads.shape[-1]
-    rows, shape = batch * heads, tile(m, n)
+    rows, shape = batch * heads, tile(m, n, keys.dtype, backward=True)
     parts = -(-m // shape["TILE"])
     grad_local, grad_initial = torch.empty_like(local_grads), torch.empty_like(grad_final)
     grad_keys = eta.new_empty(parts, *keys.shape)

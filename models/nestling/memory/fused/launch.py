@@ -23,10 +23,11 @@ def warps(wide: int) -> int:
     return 4 if wide <= 64 else 8
 
 
-def tile(m: int, n: int) -> dict[str, Any]:
-    """Rows of the weights (m, n) in one program, and its warps: the tile is held in float32 registers."""
-    wide = padded(n)
-    return {"TILE": min(padded(m), 32 if wide > 128 else 64), "num_warps": warps(wide)}
+def tile(m: int, n: int, dtype: torch.dtype, backward: bool = False) -> dict[str, Any]:
+    """Rows of the weights (m, n) in one program, its warps, and stages of loads that fit its shared memory."""
+    wide, short = padded(n), dtype != torch.float32 and not backward
+    rows = 64 if wide <= 64 or (short and wide <= 128) else 32
+    return {"TILE": min(padded(m), rows), "num_warps": 8, "num_stages": 2 if short else 1}
 
 
 def precision(dtype: torch.dtype) -> dict[str, Any]:
