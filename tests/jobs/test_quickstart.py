@@ -29,10 +29,10 @@ def nestling(runs, *arguments):
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_the_quickstart_learns_english(tmp_path):
-    """The job as it ships, but for two fifths of its steps."""
-    code, trained = nestling(tmp_path / "runs", "train", JOB, "training.steps=400")
+    """The job as it ships, but for a quarter of its steps."""
+    code, trained = nestling(tmp_path / "runs", "train", JOB, "training.steps=250")
     assert code == 0 and trained["status"] == "finished"
-    assert trained["heldout_bits_per_byte"] <= 2.8
+    assert trained["heldout_bits_per_byte"] <= 2.95
     assert trained["heldout_bits_per_byte"] <= trained["unigram_bits_per_byte"] - 0.4
 
 
@@ -47,10 +47,10 @@ def test_own_texts_of_shuffled_bytes_stay_at_the_unigram_line(tmp_path):
     texts.mkdir()
     for number, piece in enumerate(pieces):
         (texts / f"{number}.txt").write_text(piece)
-    shorter = ("training.steps=250", "training.evaluate_every=0", "evaluation.final_tokens=65536")
+    shorter = ["training.steps=150", "training.evaluate_every=0", "evaluation.final_tokens=65536", "training.workers=1"]
     code, trained = nestling(runs, "train", JOB, f"data.source={texts}", *shorter, "run.name=own")
     assert code == 0 and trained["status"] == "finished"
-    assert (trained["steps"], trained["tokens"]) == (250, 250 * 512)
+    assert (trained["steps"], trained["tokens"]) == (150, 150 * 512)
     unigram = trained["unigram_bits_per_byte"]
     assert unigram - 0.03 < trained["heldout_bits_per_byte"] < unigram + 0.1
 
