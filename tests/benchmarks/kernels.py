@@ -16,6 +16,7 @@ import json
 import platform
 import statistics
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,7 +59,7 @@ class Line:
     peak: float | None
 
 
-class Operation:
+class Operation(ABC):
     """What is timed: tensors of one shape, and a scalar function of them for each backend."""
 
     name = ""
@@ -70,16 +71,17 @@ class Operation:
         self._draw = torch.Generator(device).manual_seed(0)
         self.make(batch, heads, tokens, width)
 
+    @abstractmethod
     def make(self, batch: int, heads: int, tokens: int, width: int) -> None:
         """Fill `self.leaves`, name by name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def call(self, backend: str, leaves: dict[str, Tensor]) -> Tensor:
         """The outputs of one pass."""
-        raise NotImplementedError
 
+    @abstractmethod
     def flops(self, backward: bool) -> float:
-        raise NotImplementedError
+        """Operations of one pass, with the backward pass or without."""
 
     def bytes(self, backward: bool) -> float | None:
         return None
